@@ -1,0 +1,231 @@
+"""The configuration of a deployment, parsed and checked once at the border.
+
+One document serves the command line, ``serve run`` and the chart. Unknown keys are errors, and an
+error names the key, the value and what is allowed.
+"""
+
+import difflib
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from antiphon.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """Which weights to serve, and under what name."""
+
+    source: str = Field(
+        DEFAULT_MODEL,
+        description="A folder with safetensors, a GGUF file, a hub name or a built-in model.",
+    )
+    served_name: str | None = Field(
+        None, description="The name clients use; default: the last part of the source."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Of weights and KV. auto: float32 on CPU, the checkpoint's on GPU.",
+    )
+    max_context_tokens: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Prompt plus output; default: the model's own limit."
+    )
+
+    @property
+    def name(self) -> str:
+        """The name under which the model is served."""
+        return self.served_name or Path(self.source.rstrip("/")).name
+
+
+class EngineConfig(_Section):
+    """One worker's engine."""
+
+    block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens per KV block.")
+    kv_cache_bytes: Annotated[ByteSize, Field(gt=0)] | None = Field(
+        None, description="Memory for KV, such as 2GiB; default: derived from what is free."
+    )
+    max_batch_tokens: Annotated[int, Field(ge=1)] = Field(
+        512, description="Token budget of one step: decode steps first, prefill chunks in the rest."
+    )
+    max_num_requests: Annotated[int, Field(ge=1)] = Field(
+        64, description="Requests that may run at once."
+    )
+    max_waiting_requests: Annotated[int, Field(ge=0)] = Field(
+        256, description="Requests that may wait; further ones are refused as busy."
+    )
+    num_threads: Annotated[int, Field(ge=1)] = Field(1, description="CPU threads of a step.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU if there is one."
+    )
+    prefix_cache: bool = Field(True, description="Keep finished blocks for later prompts.")
+
+
+class PoolConfig(_Section):
+    """One pool of workers."""
+
+    replicas: Annotated[int, Field(ge=0)] = Field(0, description="Workers in the pool.")
+    num_cpus: Annotated[float, Field(ge=0)] = Field(1.0, description="CPUs Ray reserves for each.")
+    num_gpus: Annotated[float, Field(ge=0)] = Field(0.0, description="GPUs Ray reserves for each.")
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="Custom Ray resources of each, to place the pool on nodes.",
+    )
+    engine: EngineConfig = EngineConfig()
+
+
+class HandoffConfig(_Section):
+    """How KV crosses from prefill to decode workers."""
+
+    transport: Literal["gloo"] = Field("gloo", description="What carries KV segments.")
+    timeout_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="From asking a prefill worker to the last segment; then computed locally."
+    )
+    max_links: Annotated[int, Field(ge=1)] = Field(64, description="Open links of one worker.")
+    max_pending: Annotated[int, Field(ge=1)] = Field(
+        32, description="Prompts that one decode worker may await from prefill workers at once."
+    )
+
+
+class RouterConfig(_Section):
+    """How a pair of workers is chosen."""
+
+    local_prefill_max_tokens: Annotated[int, Field(ge=0)] = Field(
+        64,
+        description="Prompts with at most this many uncached tokens are computed by decode.",
+    )
+    link_bytes_per_second: Annotated[float, Field(gt=0)] = Field(
+        1.5e9, description="Assumed rate of a link until transfers over it were measured."
+    )
+
+
+class HttpConfig(_Section):
+    """The OpenAI-compatible endpoint."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port to listen on.")
+    ingress_replicas: Annotated[int, Field(ge=1)] = Field(1, description="Ingress processes.")
+    max_concurrent_requests: Annotated[int, Field(ge=1)] = Field(
+        512, description="Requests that one ingress serves at once; further ones get 503."
+    )
+
+
+class AntiphonConfig(_Section):
+    """A whole deployment."""
+
+    model: ModelConfig = ModelConfig()
+    prefill: PoolConfig = PoolConfig(replicas=1)
+    decode: PoolConfig = PoolConfig(replicas=1)
+    colocated: PoolConfig = PoolConfig()
+    handoff: HandoffConfig = HandoffConfig()
+    router: RouterConfig = RouterConfig()
+    http: HttpConfig = HttpConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pools_default_to_what_is_named(cls, data: Any) -> Any:
+        """A pool that is named without ``replicas`` has one worker, not none."""
+        if isinstance(data, Mapping):
+            data = dict(data)
+            for pool in ("prefill", "decode", "colocated"):
+                section = data.get(pool)
+                if isinstance(section, Mapping) and "replicas" not in section:
+                    data[pool] = {**section, "replicas": 1}
+        return data
+
+    @model_validator(mode="after")
+    def _somebody_decodes(self) -> Self:
+        if self.decode.replicas + self.colocated.replicas == 0:
+            raise ValueError(
+                "decode.replicas and colocated.replicas are both 0: nothing can decode"
+            )
+        if self.prefill.replicas and not self.decode.replicas:
+            raise ValueError(
+                f"prefill.replicas is {self.prefill.replicas} but decode.replicas is 0; "
+                "prefill workers need decode workers to send to"
+            )
+        return self
+
+    @property
+    def pools(self) -> dict[str, PoolConfig]:
+        """The pools that have workers, by role."""
+        pools = {"prefill": self.prefill, "decode": self.decode, "colocated": self.colocated}
+        return {role: pool for role, pool in pools.items() if pool.replicas}
+
+
+def parse_config(data: Mapping[str, Any] | None, origin: str = "configuration") -> AntiphonConfig:
+    """Check a configuration document.
+
+    Raises:
+        ConfigError: Names every offending key with its value and what is allowed.
+    """
+    try:
+        return AntiphonConfig.model_validate(dict(data or {}))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origin)) from None
+
+
+def load_config(path: Path) -> AntiphonConfig:
+    """Read and check a YAML file.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or does not describe a deployment.
+    """
+    return parse_config(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML, or holds something other than a mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")
+    return data
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        path = tuple(str(part) for part in item["loc"])
+        key = ".".join(path) or "(whole document)"
+        if item["type"] == "extra_forbidden":
+            allowed = sorted(_section_at(path[:-1]).model_fields)
+            close = difflib.get_close_matches(path[-1], allowed, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            lines.append(f"{key}: unknown key; {hint}allowed: {', '.join(allowed)}")
+        elif item["type"] == "value_error":
+            lines.append(f"{key}: {item['ctx']['error']}")
+        else:
+            lines.append(f"{key}: got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}")
+    return f"{origin}:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _section_at(path: tuple[str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = AntiphonConfig
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        candidates = (
+            get_args(annotation) if get_origin(annotation) is types.UnionType else (annotation,)
+        )
+        for candidate in candidates:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+    return section

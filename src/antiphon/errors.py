@@ -1,0 +1,127 @@
+"""Every error this project raises on purpose, by what the caller should do.
+
+* AntiphonError
+  x RequestError              the client can fix it           -> HTTP 4xx
+    - InvalidParameterError   a field has a bad value         -> 400, names the field
+    - PromptTooLongError      prompt exceeds the context      -> 400, both lengths
+    - UnknownModelError       no such model is served         -> 404
+    - CancelledError          the client went away            -> nobody is left to tell
+  x CapacityError             retry later or elsewhere        -> HTTP 503 + Retry-After
+    - OutOfBlocksError        the block pool is used up
+    - WorkerBusyError         a worker refused, with a reason
+    - NoWorkerError           no worker of a needed role is connected
+  x HandoffError              KV did not arrive               -> next rung: compute it locally
+    - LinkBrokenError         the peer or the connection died
+    - LayoutMismatchError     sender and receiver disagree about model or KV layout
+    - SegmentRejectedError    a stale, corrupt or unknown segment
+  x ConfigError               the operator can fix it         -> refuse to start
+    - UnsupportedModelError   the model family cannot be served
+  x WorkerLostError           the worker that owned the request died -> HTTP 502
+"""
+
+from typing import Any
+
+
+class AntiphonError(Exception):
+    """Base class; catch this at process boundaries only."""
+
+
+class RequestError(AntiphonError):
+    """The client sent something that cannot be served as it is."""
+
+
+class InvalidParameterError(RequestError):
+    """A request field has a value outside its range."""
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(f"{parameter}: {message}")
+        self.parameter = parameter
+        self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.parameter, self.message)
+
+
+class PromptTooLongError(RequestError):
+    """Prompt plus at least one output token exceed the model's context."""
+
+    def __init__(self, num_prompt_tokens: int, max_context_tokens: int) -> None:
+        super().__init__(
+            f"the prompt has {num_prompt_tokens} tokens, but the context of this deployment holds "
+            f"{max_context_tokens} tokens and at least one of them must be left for the output"
+        )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_context_tokens = max_context_tokens
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.num_prompt_tokens, self.max_context_tokens)
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that this endpoint does not serve."""
+
+    def __init__(self, model: str, served: str) -> None:
+        super().__init__(f"the model {model!r} does not exist; this endpoint serves {served!r}")
+        self.model = model
+        self.served = served
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self.served)
+
+
+class CancelledError(RequestError):
+    """The client went away before the answer was complete."""
+
+
+class CapacityError(AntiphonError):
+    """A bounded resource is used up for now."""
+
+    retry_after_seconds: float = 1.0
+
+
+class OutOfBlocksError(CapacityError):
+    """The block pool cannot serve an allocation."""
+
+    def __init__(self, requested: int, free: int) -> None:
+        super().__init__(f"requested {requested} KV blocks, {free} free")
+        self.requested = requested
+        self.free = free
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.requested, self.free)
+
+
+class WorkerBusyError(CapacityError):
+    """A worker refused a request at once instead of queueing it without bound."""
+
+
+class NoWorkerError(CapacityError):
+    """No worker of a role that the request needs is connected."""
+
+
+class HandoffError(AntiphonError):
+    """A KV hand-off did not complete."""
+
+
+class LinkBrokenError(HandoffError):
+    """The link's peer died, timed out or closed the connection."""
+
+
+class LayoutMismatchError(HandoffError):
+    """Sender and receiver disagree about the model, the KV layout or the protocol."""
+
+
+class SegmentRejectedError(HandoffError):
+    """A segment failed its checks; nothing was written to the cache."""
+
+
+class ConfigError(AntiphonError):
+    """The configuration, or the model it names, cannot be used; the message says what to change."""
+
+
+class UnsupportedModelError(ConfigError):
+    """The model family cannot be served by this engine."""
+
+
+class WorkerLostError(AntiphonError):
+    """The worker that owned a request died before the request was finished."""

@@ -1,0 +1,229 @@
+"""What the processes say to each other: block hashes, and the messages of a worker session.
+
+A *session* is one WebSocket between a client (an ingress, or a decode worker that asks for
+prefills) and a worker. Its first two messages are ``Hello`` and ``Welcome``; after that either side
+speaks when it has something to say. Requests belong to the session they came over: when it ends,
+the worker aborts them and frees their blocks.
+
+    client                                   worker
+    Hello            ->                      (refuses another protocol version by closing)
+                     <-                      Welcome(card)
+                     <-                      Telemetry(snapshot), then deltas without a gap
+    Submit | Prefill ->
+                     <-                      Refused, or StepOutput* with a final finish_reason
+                                             (Prefill: PrefillDone or Refused)
+    Abort            ->
+
+Block hashes are chained: a block's hash covers its tokens and all tokens before it, so equal hashes
+mean equal prefixes, and one dictionary serves as a prefix tree.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NewType
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+BlockHash = NewType("BlockHash", bytes)
+_HASH_BYTES = 16
+
+
+def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> list[BlockHash]:
+    """Return the chained hash of each full block of ``token_ids``.
+
+    Args:
+        token_ids: Tokenised prompt; an incomplete last block has no hash.
+        block_size: Tokens per block.
+        salt: Separates chains that must not share blocks, such as those of different models.
+    """
+    packed = array("I", token_ids).tobytes()
+    stride = block_size * array("I").itemsize
+    parent = salt
+    hashes = []
+    for start in range(0, len(packed) - stride + 1, stride):
+        block = packed[start : start + stride]
+        parent = hashlib.blake2b(parent + block, digest_size=_HASH_BYTES).digest()
+        hashes.append(BlockHash(parent))
+    return hashes
+
+
+class Role(StrEnum):
+    """What a worker does when a prompt is done: send its KV, or sample."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How output tokens are chosen and when they stop."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    seed: int = 0  # with the position, the only randomness of a draw
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class WorkerCard(msgspec.Struct, frozen=True):
+    """Who a worker is; constant for one incarnation."""
+
+    replica_id: str
+    incarnation: str  # fresh at every start: a restarted worker is a stranger
+    role: Role
+    url: str  # ws://host:port/session
+    model_fingerprint: str
+    block_size: int
+    num_blocks: int
+    max_context_tokens: int
+    kv_bytes_per_token: int
+    pid: int
+    node: str
+
+
+class Load(msgspec.Struct, frozen=True):
+    """How busy a worker is now."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_queued_tokens: int  # prompt tokens that are yet to be computed
+    prefill_tokens_per_second: float  # measured; 0 before the first step
+    decode_step_seconds: float  # measured; 0 before the first step
+
+
+# client -> worker
+
+
+class Hello(_Message, frozen=True):
+    """Open a session."""
+
+    protocol_version: int
+    client_id: str
+    wants_telemetry: bool
+
+
+class PrefillPeer(msgspec.Struct, frozen=True):
+    """The prefill worker that a decode worker should ask."""
+
+    url: str
+    incarnation: str
+
+
+class Submit(_Message, frozen=True):
+    """Generate from a prompt on a decode or colocated worker."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    prefill: PrefillPeer | None = None  # None: compute the prompt here
+
+
+class LinkOffer(msgspec.Struct, frozen=True):
+    """How a sender reaches the receiver that offers the link."""
+
+    transport: str
+    address: str  # of the rendezvous, host:port
+    link_id: str  # fresh for every pair and every rebuild
+    receiver_incarnation: str
+    wire_fingerprint: str  # model, layers, heads, head_dim, wire dtype, protocol
+
+
+class Prefill(_Message, frozen=True):
+    """Compute KV for ``prompt_token_ids`` and send that of tokens ``first_token`` onwards."""
+
+    request_id: str
+    transfer_id: str  # 32 hex digits
+    prompt_token_ids: list[int]  # without the prompt's last token, which decode computes
+    first_token: int
+    link: LinkOffer
+
+
+class Abort(_Message, frozen=True):
+    """Stop a request; aborting an unknown or finished one is harmless."""
+
+    request_id: str
+
+
+ClientMessage = Hello | Submit | Prefill | Abort
+
+
+# worker -> client
+
+
+class Welcome(_Message, frozen=True):
+    """Answer to ``Hello``."""
+
+    card: WorkerCard
+
+
+class Refused(_Message, frozen=True):
+    """A request was not taken, or could not be finished; ``kind`` says what the client may do."""
+
+    request_id: str
+    kind: str  # "busy", "invalid" or "failed"
+    reason: str
+    retry_after_seconds: float = 1.0
+
+
+class RequestTiming(msgspec.Struct, frozen=True):
+    """Where a request's first token spent its time, seconds."""
+
+    prompt: float  # from submission to KV of the prompt being complete
+    first_step: float  # from there to the first token
+    prefill_path: str  # "local", "remote" or "fallback"
+
+
+class RequestOutput(msgspec.Struct, frozen=True):
+    """New tokens of one request."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop" or "length" with the last tokens
+    num_cached_tokens: int = 0  # of the prompt, found in a prefix cache of this worker
+    timing: RequestTiming | None = None  # with the first token
+
+
+class StepOutput(_Message, frozen=True):
+    """What one engine step produced for the requests of this session."""
+
+    outputs: list[RequestOutput]
+
+
+class PrefillDone(_Message, frozen=True):
+    """All segments of a transfer were handed to the link."""
+
+    request_id: str
+    num_cached_tokens: int
+    num_sent_bytes: int
+    queue_seconds: float
+    compute_seconds: float
+
+
+class Telemetry(_Message, frozen=True):
+    """What changed on a worker; a gap in ``sequence`` voids the subscriber's view.
+
+    A snapshot carries every cached block in ``stored`` and replaces what was known.
+    """
+
+    sequence: int
+    is_snapshot: bool
+    stored: list[BlockHash]
+    removed: list[BlockHash]
+    load: Load
+
+
+WorkerMessage = Welcome | Refused | StepOutput | PrefillDone | Telemetry
+
+encode = msgspec.msgpack.Encoder().encode
+decode_client_message = msgspec.msgpack.Decoder(ClientMessage).decode
+decode_worker_message = msgspec.msgpack.Decoder(WorkerMessage).decode
