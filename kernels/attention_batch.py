@@ -1,0 +1,154 @@
+"""What the attention ops know about a packed batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+# Up to this context, a call for every request costs more than gathering a padded group: at 32
+# requests of 64 tokens 2.6 against 0.9 ms a layer, at 512 tokens 7.0 against 9.8 (one EPYC core).
+MAX_GROUPED_SEQ_LEN = 256
+MAX_GROUP_PADDING = 1.25
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionFeatures:
+    """How one layer attends, beyond plain causal attention.
+
+    Attributes:
+        scale: Factor on the scores, usually ``head_dim ** -0.5``.
+        sliding_window: A token sees itself and ``sliding_window - 1`` tokens before it.
+        chunk: A token sees only tokens of its own aligned chunk of this many positions (Llama 4).
+        soft_cap: Scores become ``soft_cap * tanh(score / soft_cap)`` (Gemma 2).
+        sinks: ``[num_q_heads]``, a logit per head that takes part in the softmax only (GPT-OSS).
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    chunk: int | None = None
+    soft_cap: float | None = None
+    sinks: Tensor | None = None
+
+    def first_visible(self, position: int) -> int:
+        """The oldest position that the token at ``position`` sees."""
+        first = 0
+        if self.sliding_window is not None:
+            first = max(first, position - self.sliding_window + 1)
+        if self.chunk is not None:
+            first = max(first, position - position % self.chunk)
+        return first
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Neighbouring decode requests with short contexts of similar length, attended in one call.
+
+    Attributes:
+        first: Index of the first request.
+        count: How many requests.
+        slots: ``[count * longest]`` int64, the cache slots of each context. A shorter one is padded
+            with its own first slot, which the mask hides: a slot that nobody wrote may hold NaN,
+            and no mask hides that.
+        last_positions: ``[count, 1]`` int64, position of each request's new token.
+    """
+
+    first: int
+    count: int
+    slots: Tensor
+    last_positions: Tensor
+
+
+def group_decodes(
+    seq_lens: Sequence[int], block_tables: Sequence[Tensor], block_size: int
+) -> tuple[DecodeGroup, ...]:
+    """Group requests, sorted by rising length, while padding stays small."""
+    groups = []
+    first = 0
+    while first < len(seq_lens) and seq_lens[first] <= MAX_GROUPED_SEQ_LEN:
+        limit = min(seq_lens[first] * MAX_GROUP_PADDING + block_size, MAX_GROUPED_SEQ_LEN)
+        stop = first + 1
+        while stop < len(seq_lens) and seq_lens[stop] <= limit:
+            stop += 1
+        if stop - first > 1:
+            positions = torch.arange(seq_lens[stop - 1], device=block_tables[first].device)
+            slots = [
+                _slots(block_tables[i], positions * (positions < seq_lens[i]), block_size)
+                for i in range(first, stop)
+            ]
+            last = torch.tensor(seq_lens[first:stop], device=positions.device)[:, None] - 1
+            groups.append(DecodeGroup(first, stop - first, torch.cat(slots), last))
+        first = stop
+    return tuple(groups)
+
+
+def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    return table[positions // block_size] * block_size + positions % block_size
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """A packed batch: requests with one new token first, by rising length, then those with more.
+
+    Attributes:
+        num_decode_requests: How many requests, from the front, have exactly one new token.
+        cu_seqlens_q: ``num_requests + 1`` offsets into the packed tokens.
+        seq_lens: Tokens in the context of each request, the new ones included.
+        block_tables: ``[num_blocks]`` int64 per request, at least ``ceil(seq_len / block_size)``.
+        first_slots: Slot of the first token where a request's blocks follow one another in the
+            cache, so that its context is one slice; None where they are scattered.
+        slot_mapping: ``[num_tokens]`` int64, the cache slot of each new token.
+        decode_groups: From ``group_decodes``; disjoint, in order.
+    """
+
+    num_decode_requests: int
+    cu_seqlens_q: tuple[int, ...]
+    seq_lens: tuple[int, ...]
+    block_tables: tuple[Tensor, ...]
+    first_slots: tuple[int | None, ...]
+    slot_mapping: Tensor
+    decode_groups: tuple[DecodeGroup, ...] = ()
+
+
+def make_attention_batch(
+    tables: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    counts: Sequence[int],
+    block_size: int,
+    device: torch.device,
+) -> AttentionBatch:
+    """Lay out a packed batch; requests with one new token come first, by rising length.
+
+    Args:
+        tables: Block ids of each request, enough for its old and new tokens.
+        starts: Tokens already in the cache, per request.
+        counts: New tokens per request.
+        block_size: Tokens per block.
+        device: Where the cache lives.
+    """
+    num_decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+    seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
+    slots = [
+        table[position // block_size] * block_size + position % block_size
+        for table, start, end in zip(tables, starts, seq_lens, strict=True)
+        for position in range(start, end)
+    ]
+    block_tables = [torch.tensor(table, dtype=torch.int64, device=device) for table in tables]
+    first_slots = [
+        table[0] * block_size if _is_run(table[: -(-end // block_size)]) else None
+        for table, end in zip(tables, seq_lens, strict=True)
+    ]
+    return AttentionBatch(
+        num_decode_requests=num_decode,
+        cu_seqlens_q=tuple(accumulate(counts, initial=0)),
+        seq_lens=tuple(seq_lens),
+        block_tables=tuple(block_tables),
+        first_slots=tuple(first_slots),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        decode_groups=group_decodes(seq_lens[:num_decode], block_tables, block_size),
+    )
+
+
+def _is_run(blocks: Sequence[int]) -> bool:
+    return list(blocks) == list(range(blocks[0], blocks[0] + len(blocks)))

@@ -1,0 +1,214 @@
+"""Torch implementations of the ops: the specification of the GPU kernels, and the CPU path.
+
+Caches are ``[num_blocks, block_size, num_kv_heads, head_dim]``, one tensor per layer for K and one
+for V (a single stacked tensor makes compiled steps several times slower). Contexts that lie in
+consecutive blocks are read in place; scattered ones are gathered first. Every request is one call
+of scaled_dot_product_attention over exactly its own context; only decode requests with short
+contexts are padded to one another, because there the calls would cost more than the padding.
+
+Numerics: softmax in the dtype's own SDPA kernel; soft cap and sinks in float32.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, DecodeGroup
+
+
+def write_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Write new keys and values to their cache slots.
+
+    Args:
+        key: ``[num_tokens, num_kv_heads, k_head_dim]``.
+        value: ``[num_tokens, num_kv_heads, v_head_dim]``.
+        k_cache: ``[num_blocks, block_size, num_kv_heads, k_head_dim]``.
+        v_cache: ``[num_blocks, block_size, num_kv_heads, v_head_dim]``.
+        slot_mapping: ``[num_tokens]`` int64, unique.
+    """
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slot_mapping, key)
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, value)
+
+
+def decode_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    features: AttentionFeatures,
+) -> Tensor:
+    """Attend from the one new token of each of the batch's decode requests.
+
+    Args:
+        query: ``[num_decode_requests, num_q_heads, k_head_dim]``.
+        k_cache: As in ``write_kv``, the new tokens already written.
+        v_cache: As in ``write_kv``.
+        batch: Requests beyond ``num_decode_requests`` are ignored.
+        features: Of the layer.
+
+    Returns:
+        ``[num_decode_requests, num_q_heads, v_head_dim]``.
+    """
+    num_kv_heads = k_cache.shape[2]
+    num_requests, num_q_heads, head_dim = query.shape
+    grouped = query.view(num_requests, 1, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    out = query.new_empty(num_requests, num_q_heads, v_cache.shape[3])
+    grouped_out = out.view(num_requests, 1, num_kv_heads, -1, v_cache.shape[3])
+    grouped_requests: set[int] = set()
+    for group in batch.decode_groups:
+        rows = slice(group.first, group.first + group.count)
+        grouped_requests.update(range(rows.start, rows.stop))
+        grouped_out[rows] = _attend_group(grouped[rows], k_cache, v_cache, group, features)[:, None]
+    for index in range(num_requests):
+        if index in grouped_requests:
+            continue
+        end = batch.seq_lens[index]
+        start = features.first_visible(end - 1)
+        # The query heads of one KV head stand in as query rows: enable_gqa is several times slower.
+        keys, values = read_context(k_cache, v_cache, batch, index, start, end)
+        grouped_out[index] = _attend(grouped[index], keys, values, features, None)
+    return out
+
+
+def prefill_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    features: AttentionFeatures,
+) -> Tensor:
+    """Attend causally from the packed new tokens of the batch's other requests.
+
+    Args:
+        query: ``[num_tokens, num_q_heads, k_head_dim]``: the tokens of all requests after the
+            decode requests, in order.
+        k_cache: As in ``write_kv``, the new tokens already written.
+        v_cache: As in ``write_kv``.
+        batch: Its first ``num_decode_requests`` requests are ignored.
+        features: Of the layer.
+
+    Returns:
+        ``[num_tokens, num_q_heads, v_head_dim]``.
+    """
+    out = query.new_empty(*query.shape[:2], v_cache.shape[3])
+    group_size = query.shape[1] // k_cache.shape[2]
+    first = batch.num_decode_requests
+    offset = batch.cu_seqlens_q[first]
+    for index in range(first, len(batch.seq_lens)):
+        rows = slice(batch.cu_seqlens_q[index] - offset, batch.cu_seqlens_q[index + 1] - offset)
+        num_new, end = rows.stop - rows.start, batch.seq_lens[index]
+        start = features.first_visible(end - num_new)
+        keys, values = read_context(k_cache, v_cache, batch, index, start, end)
+        if group_size > 1:
+            keys = keys.repeat_interleave(group_size, dim=1)
+            values = values.repeat_interleave(group_size, dim=1)
+        mask = _causal_mask(range(end - num_new, end), range(start, end), features, query.device)
+        attended = _attend(query[rows].transpose(0, 1)[None], keys, values, features, mask)
+        out[rows] = attended[0].transpose(0, 1)
+    return out
+
+
+def read_context(
+    k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, index: int, start: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """Return K and V of one request's tokens ``[start, end)``, in place where possible.
+
+    Returns:
+        Two tensors ``[1, num_kv_heads, end - start, head_dim]``.
+    """
+    first_slot = batch.first_slots[index]
+    if first_slot is not None:
+        rows = slice(first_slot + start, first_slot + end)
+        keys, values = k_cache.view(-1, *k_cache.shape[2:]), v_cache.view(-1, *v_cache.shape[2:])
+    else:
+        block_size = k_cache.shape[1]
+        first_block = start // block_size
+        blocks = batch.block_tables[index][first_block : -(-end // block_size)]
+        rows = slice(start - first_block * block_size, end - first_block * block_size)
+        keys = k_cache.index_select(0, blocks).view(-1, *k_cache.shape[2:])
+        values = v_cache.index_select(0, blocks).view(-1, *v_cache.shape[2:])
+    return keys[rows].transpose(0, 1)[None], values[rows].transpose(0, 1)[None]
+
+
+def _attend_group(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, features: AttentionFeatures
+) -> Tensor:
+    """``[count, 1, H, G, D] -> [count, H, G, V]``."""
+    shape = (group.count, -1, k_cache.shape[2])
+    keys = k_cache.view(-1, *k_cache.shape[2:]).index_select(0, group.slots)
+    values = v_cache.view(-1, *v_cache.shape[2:]).index_select(0, group.slots)
+    keys, values = keys.view(*shape, k_cache.shape[3]), values.view(*shape, v_cache.shape[3])
+    positions = torch.arange(keys.shape[1], device=keys.device)[None]
+    visible = positions <= group.last_positions
+    if features.sliding_window is not None:
+        visible &= positions > group.last_positions - features.sliding_window
+    if features.chunk is not None:
+        visible &= positions >= group.last_positions - group.last_positions % features.chunk
+    return _attend(
+        query[:, 0],
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        features,
+        visible[:, None, None],
+    )
+
+
+def _causal_mask(
+    queries: range, keys: range, features: AttentionFeatures, device: torch.device
+) -> Tensor | str | None:
+    """Who sees whom: None for everybody, "causal" for the plain square case, else a bool mask."""
+    firsts = [features.first_visible(position) for position in queries]
+    unlimited = all(first <= keys.start for first in firsts)
+    if unlimited and len(queries) == 1:
+        return None
+    if unlimited and len(queries) == len(keys):
+        return "causal"
+    query_positions = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key_positions = torch.arange(keys.start, keys.stop, device=device)[None, :]
+    visible = key_positions <= query_positions
+    if not unlimited:
+        visible &= key_positions >= torch.tensor(firsts, device=device)[:, None]
+    return visible
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    features: AttentionFeatures,
+    mask: Tensor | str | None,
+) -> Tensor:
+    """``[B, H, M, D] x [B, H, N, D] x [B, H, N, V] -> [B, H, M, V]``."""
+    if features.soft_cap is not None or features.sinks is not None:
+        return _attend_with_scores(query, keys, values, features, mask)
+    if isinstance(mask, str):
+        return scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=features.scale
+        )
+    return scaled_dot_product_attention(query, keys, values, mask, scale=features.scale)
+
+
+def _attend_with_scores(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    features: AttentionFeatures,
+    mask: Tensor | str | None,
+) -> Tensor:
+    scores = (query @ keys.transpose(-1, -2)).float() * features.scale
+    if features.soft_cap is not None:
+        scores = torch.tanh(scores / features.soft_cap) * features.soft_cap
+    if isinstance(mask, str):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if features.sinks is not None:
+        # In decode the rows of a head are its group of query heads, each with its own sink.
+        sinks = features.sinks.float().view(1, scores.shape[1], -1, 1)
+        sinks = sinks.expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return weights.to(values.dtype) @ values

@@ -1,0 +1,242 @@
+"""The engine: one thread that schedules, computes and reports, beside the event loop.
+
+Other threads talk to it through commands, which it applies between steps; it talks back through an
+``EngineListener``, whose methods run on the engine thread and must return at once. So scheduler,
+block pool and cache have one owner and need no locks.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from antiphon.errors import AntiphonError
+from antiphon.messages import BlockHash, Load, RequestOutput
+from antiphon.workers.block_pool import BlockPool
+from antiphon.workers.model_runner import ModelRunner
+from antiphon.workers.request import PrefillPath, Request
+from antiphon.workers.scheduler import Batch, Scheduler, SchedulerConfig, finish_reason
+
+logger = logging.getLogger(__name__)
+
+_RATE_SMOOTHING = 0.2  # weight of the newest step in the measured rates
+_MAX_STEP_FAILURES = 3  # in a row; then the worker says it is unhealthy
+
+
+class EngineListener(Protocol):
+    """What the engine reports. Called on the engine thread; must not block or raise."""
+
+    def on_outputs(self, outputs: list[RequestOutput]) -> None:
+        """New tokens of a step."""
+
+    def on_reserved(self, request: Request) -> None:
+        """Blocks are reserved for a request whose KV is to come from elsewhere."""
+
+    def on_prompt_progress(self, request: Request) -> None:
+        """A prefill-only request has KV for its first ``num_computed_tokens`` tokens."""
+
+    def on_refused(self, request_id: str, error: Exception) -> None:
+        """A request was not taken, or its step failed; it holds nothing any more."""
+
+    def on_changed(self, stored: list[BlockHash], removed: list[BlockHash], load: Load) -> None:
+        """After every step and every command: what the router should know."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the start; read from any thread."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # computed here
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    step_failures: int = 0
+    step_failures_in_a_row: int = 0
+    prefill_tokens_per_second: float = 0.0
+    decode_step_seconds: float = 0.0
+
+
+class Engine:
+    """Runs requests to their end.
+
+    Args:
+        runner: Model and cache.
+        config: Bounds of the scheduler.
+        listener: Where reports go.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, config: SchedulerConfig, listener: EngineListener
+    ) -> None:
+        self.stats = EngineStats()
+        self._runner = runner
+        self._scheduler = Scheduler(
+            config, BlockPool(runner.cache.num_blocks, runner.cache.block_size)
+        )
+        self._listener = listener
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="antiphon-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread.start()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Stop after the step in progress; unfinished requests are dropped with the thread."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the thread lives and steps succeed."""
+        return self._thread.is_alive() and self.stats.step_failures_in_a_row < _MAX_STEP_FAILURES
+
+    def add(self, request: Request) -> None:
+        """Queue a request; ``on_refused`` follows if there is no room."""
+        request.submitted_at = time.monotonic()
+        self._commands.put(lambda: self._add(request))
+
+    def abort(self, request_id: str, *, keep_blocks: bool = False) -> None:
+        """Stop a request; see ``Scheduler.abort``. Unknown ids are ignored."""
+        self._commands.put(lambda: self._abort(request_id, keep_blocks))
+
+    def kv_arrived(self, request_id: str, num_tokens: int, path: PrefillPath) -> None:
+        """KV of the first ``num_tokens`` tokens of an AWAITING_KV request is in the cache."""
+        self._commands.put(lambda: self._scheduler.kv_arrived(request_id, num_tokens, path))
+
+    def sent(self, request_id: str) -> None:
+        """Nothing reads the blocks of this prefill-only request any more."""
+        self._commands.put(lambda: self._scheduler.sent(request_id))
+
+    def call(self, function: Callable[[Scheduler], None]) -> None:
+        """Run a function on the engine thread between steps (snapshots, checks)."""
+        self._commands.put(lambda: function(self._scheduler))
+
+    def load(self, scheduler: Scheduler) -> Load:
+        """How busy the engine is; on the engine thread only."""
+        return Load(
+            num_running=scheduler.num_running + scheduler.num_awaiting_kv,
+            num_waiting=scheduler.num_waiting,
+            num_free_blocks=scheduler.pool.num_free,
+            num_queued_tokens=scheduler.num_queued_tokens,
+            prefill_tokens_per_second=self.stats.prefill_tokens_per_second,
+            decode_step_seconds=self.stats.decode_step_seconds,
+        )
+
+    def _loop(self) -> None:
+        is_busy = False
+        while self._apply_commands(wait=not is_busy):
+            batch = self._schedule()
+            if batch is not None:
+                self._step(batch)
+            is_busy = batch is not None
+            stored, removed = self._scheduler.pool.drain_changes()
+            self._listener.on_changed(stored, removed, self.load(self._scheduler))
+
+    def _apply_commands(self, *, wait: bool) -> bool:
+        """Apply what has piled up, waiting for the first if there is nothing else to do."""
+        try:
+            command = self._commands.get(block=wait)
+            while True:
+                if command is None:
+                    return False
+                command()
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _add(self, request: Request) -> None:
+        try:
+            self._scheduler.add(request)
+        except (AntiphonError, ValueError) as error:
+            self._listener.on_refused(request.request_id, error)
+
+    def _abort(self, request_id: str, keep_blocks: bool) -> None:
+        self._scheduler.abort(request_id, keep_blocks=keep_blocks)
+
+    def _schedule(self) -> Batch | None:
+        batch = self._scheduler.schedule()
+        for request in self._scheduler.take_reserved():
+            self._listener.on_reserved(request)
+        self._report_prefilled()
+        return batch
+
+    def _report_prefilled(self) -> None:
+        for request in self._scheduler.take_prefilled():
+            self._listener.on_prompt_progress(request)
+
+    def _step(self, batch: Batch) -> None:
+        started = time.monotonic()
+        try:
+            token_ids = self._runner.run(batch)
+        except Exception as error:
+            self._fail(batch, error)
+            return
+        now = time.monotonic()
+        first_tokens = {
+            c.request.request_id
+            for c in batch.chunks
+            if c.samples and not c.request.output_token_ids
+        }
+        self._scheduler.complete(batch, token_ids, started)
+        self._measure(batch, now - started)
+        self._report(batch, token_ids, first_tokens, now)
+
+    def _report(
+        self, batch: Batch, token_ids: Sequence[int], first_tokens: set[str], now: float
+    ) -> None:
+        outputs = []
+        sampled = iter(token_ids)
+        for chunk in batch.chunks:
+            request = chunk.request
+            if chunk.samples:
+                is_first = request.request_id in first_tokens
+                outputs.append(
+                    RequestOutput(
+                        request_id=request.request_id,
+                        token_ids=[next(sampled)],
+                        finish_reason=finish_reason(request),
+                        num_cached_tokens=request.num_cached_tokens,
+                        timing=request.timing(now) if is_first else None,
+                    )
+                )
+            elif request.is_prefill_only and request.num_remaining_tokens:
+                self._listener.on_prompt_progress(request)
+        self._report_prefilled()
+        if outputs:
+            self._listener.on_outputs(outputs)
+
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        """End the requests of a failed step honestly; the others go on."""
+        logger.exception("a step of %d requests failed", len(batch.chunks))
+        self.stats.step_failures += 1
+        self.stats.step_failures_in_a_row += 1
+        for chunk in batch.chunks:
+            request = chunk.request
+            self._scheduler.abort(request.request_id, keep_blocks=request.is_prefill_only)
+            self._listener.on_refused(request.request_id, error)
+
+    def _measure(self, batch: Batch, seconds: float) -> None:
+        stats = self.stats
+        num_sampled = sum(chunk.samples for chunk in batch.chunks)
+        num_prompt = sum(
+            c.num_tokens for c in batch.chunks if not (c.samples and c.num_tokens == 1)
+        )
+        stats.num_steps += 1
+        stats.step_failures_in_a_row = 0
+        stats.num_generated_tokens += num_sampled
+        stats.num_prompt_tokens += num_prompt
+        stats.num_preemptions = self._scheduler.num_preemptions
+        if num_prompt == 0:
+            stats.decode_step_seconds = _smoothed(stats.decode_step_seconds, seconds)
+        elif num_prompt >= 8 * num_sampled:
+            rate = num_prompt / seconds
+            stats.prefill_tokens_per_second = _smoothed(stats.prefill_tokens_per_second, rate)
+
+
+def _smoothed(old: float, new: float) -> float:
+    return new if old == 0 else old + _RATE_SMOOTHING * (new - old)

@@ -1,0 +1,260 @@
+"""A transformers causal language model whose attention reads and writes our paged KV cache.
+
+The model is called on packed tokens, ``input_ids [1, T]``; what the attention needs to know of the
+batch reaches it through a context variable. At load time the model is run once on a few tokens to
+learn each layer's KV shape, and once more against its own eager attention: a family that does not
+go through the attention interface, has recurrent state, or computes something else through it is
+refused by name instead of answering wrongly.
+"""
+
+import inspect
+import logging
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import AutoModelForCausalLM as AutoModel
+
+from antiphon.errors import ConfigError, UnsupportedModelError
+from antiphon.kernels.attention import paged_attention
+from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
+from antiphon.kernels.reference import prefill_attention, write_kv
+from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAME = "antiphon_paged"
+_PROBE_TOKENS = 12
+# fp32 attention in another order differs by about 1e-6 of the logits' size; a wrong mask by more.
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# These RoPE variants change their frequencies with the longest position in the batch, so packed
+# requests would disturb one another beyond the original context.
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+
+class _Attender(Protocol):
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
+    ) -> Tensor: ...
+
+
+_attender: ContextVar[_Attender] = ContextVar("antiphon_attender")
+
+
+class PagedStep:
+    """Attention of one step: write the new KV, then attend to the pages."""
+
+    def __init__(self, cache: KVCache, batch: AttentionBatch) -> None:
+        self._cache = cache
+        self._batch = batch
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
+    ) -> Tensor:
+        """``[T, heads, head_dim]`` each; returns ``[T, num_q_heads, v_head_dim]``."""
+        k_cache, v_cache = self._cache.keys[layer], self._cache.values[layer]
+        write_kv(key, value, k_cache, v_cache, self._batch.slot_mapping)
+        return paged_attention(query, k_cache, v_cache, self._batch, features)
+
+
+class _Probe:
+    """Records each layer's KV shape while attending over one unpaged prompt."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerLayout] = {}
+        self.num_calls = 0
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
+    ) -> Tensor:
+        self.num_calls += 1
+        self.layers[layer] = LayerLayout(key.shape[1], key.shape[2], value.shape[2])
+        num_tokens = query.shape[0]
+        slots = torch.arange(num_tokens, device=query.device)
+        table = torch.zeros(1, dtype=torch.int64, device=query.device)
+        batch = AttentionBatch(0, (0, num_tokens), (num_tokens,), (table,), (0,), slots)
+        return prefill_attention(query, key[None], value[None], batch, features)
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,  # [1, num_q_heads, T, k_head_dim]
+    key: Tensor,  # [1, num_kv_heads, T, k_head_dim]
+    value: Tensor,  # [1, num_kv_heads, T, v_head_dim]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    features = AttentionFeatures(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        sliding_window=sliding_window,
+        chunk=_attention_chunk(module, layer),
+        soft_cap=softcap,
+        sinks=s_aux,
+    )
+    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    return _attender.get().attend(layer, query, key, value, features)[None], None
+
+
+def _attention_chunk(module: torch.nn.Module, layer: int) -> int | None:
+    """Llama 4 tells its chunked layers through the mask alone; read it from the configuration."""
+    config: Any = getattr(module, "config", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and layer_types[layer] == "chunked_attention":
+        return int(config.attention_chunk_size)
+    return None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The pages carry what a mask would."""
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Everything one forward pass reads, besides weights and cache.
+
+    Attributes:
+        input_ids: ``[1, T]`` int64, packed.
+        position_ids: ``[1, T]`` int64.
+        logit_rows: ``[num_samples]`` int64, the packed tokens whose logits are wanted.
+        attention: Where each request's tokens are.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    logit_rows: Tensor
+    attention: AttentionBatch
+
+
+class PagedModel:
+    """A loaded model and its KV layout.
+
+    Args:
+        model: A transformers causal language model in evaluation mode.
+        dtype: Of the KV cache.
+
+    Raises:
+        UnsupportedModelError: The family cannot be served; the message names it and says why.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self.model = model
+        self.device: torch.device = model.device
+        self.family: str = model.config.model_type
+        self.config = model.config.get_text_config()
+        self.max_context_tokens = _max_context_tokens(self.config)
+        parameters = inspect.signature(model.forward).parameters
+        if "logits_to_keep" not in parameters or "position_ids" not in parameters:
+            raise UnsupportedModelError(
+                f"model family {self.family!r}: its forward() takes no position_ids and "
+                "logits_to_keep, so prompts cannot be packed"
+            )
+        with torch.inference_mode():
+            self.layout = KVLayout(self._probe(), dtype)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Compute one step, writing KV to the cache.
+
+        Returns:
+            Logits ``[num_samples, vocab_size]``.
+        """
+        token = _attender.set(PagedStep(cache, batch.attention))
+        try:
+            return self._logits(batch.input_ids, batch.position_ids, batch.logit_rows)
+        finally:
+            _attender.reset(token)
+
+    def _logits(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
+        output = self.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=rows
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _probe(self) -> tuple[LayerLayout, ...]:
+        """Learn the KV shapes and check the answers against the model's own attention."""
+        vocab_size = self.config.vocab_size
+        input_ids = torch.arange(_PROBE_TOKENS, device=self.device)[None] * 7 % vocab_size
+        position_ids = torch.arange(_PROBE_TOKENS, device=self.device)[None]
+        rows = position_ids[0]
+        expected = self._eager_logits(input_ids, position_ids, rows)
+        probe = _Probe()
+        token = _attender.set(probe)
+        try:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            actual = self._logits(input_ids, position_ids, rows)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise self._unsupported(f"it cannot use another attention: {error}") from error
+        finally:
+            _attender.reset(token)
+        num_layers = self.config.num_hidden_layers
+        if sorted(probe.layers) != list(range(num_layers)) or probe.num_calls != num_layers:
+            raise self._unsupported(
+                f"{len(probe.layers)} of its {num_layers} layers use transformers' attention "
+                "interface; layers with recurrent state or attention of their own cannot be paged"
+            )
+        difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
+        if not difference <= _PROBE_TOLERANCE.get(actual.dtype, 1e-3):
+            raise self._unsupported(
+                f"paged attention gives other logits than its own attention (by {difference:.1e})"
+            )
+        return tuple(probe.layers[layer] for layer in range(num_layers))
+
+    def _eager_logits(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
+        try:
+            self.model.set_attn_implementation("eager")
+            return self._logits(input_ids, position_ids, rows)
+        except Exception as error:
+            raise self._unsupported(f"it cannot run on packed tokens: {error}") from error
+
+    def _unsupported(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"model family {self.family!r} cannot be served: {reason}")
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PagedModel:
+    """Load weights from a folder.
+
+    Raises:
+        ConfigError: The folder does not hold a causal language model.
+        UnsupportedModelError: The family cannot be served.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder, config=config, dtype=dtype)
+        model = model.to(device).eval()  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{folder}: cannot be loaded as a causal language model: {error}"
+        ) from error
+    return PagedModel(model, dtype)
+
+
+def _max_context_tokens(config: Any) -> int:
+    limit = int(getattr(config, "max_position_embeddings", None) or 2**20)
+    rope = getattr(config, "rope_parameters", None) or {}
+    variants = [rope] if "rope_type" in rope else [v for v in rope.values() if isinstance(v, dict)]
+    for variant in variants:
+        if variant.get("rope_type") in _BATCH_DEPENDENT_ROPE:
+            original = variant.get("original_max_position_embeddings") or limit
+            if original < limit:
+                logger.warning(
+                    "context limited to %d of %d tokens: RoPE variant %s depends on the batch",
+                    original, limit, variant["rope_type"],
+                )  # fmt: skip
+                limit = int(original)
+    return limit
