@@ -106,11 +106,8 @@ class Engine:
 
     def kv_arrived(self, request_id: str, num_tokens: int, path: PrefillPath) -> None:
         """KV of the first ``num_tokens`` tokens of an AWAITING_KV request is in the cache."""
-        self._commands.put(lambda: self._scheduler.kv_arrived(request_id, num_tokens, path))
-
-    def sent(self, request_id: str) -> None:
-        """Nothing reads the blocks of this prefill-only request any more."""
-        self._commands.put(lambda: self._scheduler.sent(request_id))
+        now = time.monotonic()
+        self._commands.put(lambda: self._scheduler.kv_arrived(request_id, num_tokens, path, now))
 
     def call(self, function: Callable[[Scheduler], None]) -> None:
         """Run a function on the engine thread between steps (snapshots, checks)."""

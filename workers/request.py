@@ -4,7 +4,7 @@
           v                                                    |
 add -> WAITING --admit--> RUNNING ----------------------> FINISHED
           |                  ^   |                            ^
-          |            kv_arrived +--- prompt done, a --> SENDING --sent
+          |            kv_arrived +--- prompt done, a --> SENDING --abort
           +--admit--> AWAITING_KV      transfer is open
 """
 
@@ -53,7 +53,6 @@ class Request:
     block_hashes: list[BlockHash] = field(default_factory=list)
     num_preemptions: int = 0
     submitted_at: float = 0.0
-    admitted_at: float = 0.0
     prompt_done_at: float = 0.0
 
     @property

@@ -111,7 +111,7 @@ class Scheduler:
 
         Args:
             request_id: Of the request to stop.
-            keep_blocks: Something still reads its blocks; they return with ``sent``.
+            keep_blocks: A transfer still reads its blocks; abort it once more when that has ended.
         """
         request = self._requests.get(request_id)
         if request is None:
@@ -124,21 +124,17 @@ class Scheduler:
             self._finish(request)
         return request
 
-    def kv_arrived(self, request_id: str, num_tokens: int, path: PrefillPath) -> None:
+    def kv_arrived(self, request_id: str, num_tokens: int, path: PrefillPath, now: float) -> None:
         """KV of the first ``num_tokens`` tokens is in place; compute the rest here."""
         request = self._requests.get(request_id)
         if request is None or request.status is not RequestStatus.AWAITING_KV:
             return
         request.path = path
         request.num_computed_tokens = max(num_tokens, request.num_computed_tokens)
+        if request.num_remaining_tokens == 1:
+            request.prompt_done_at = now
         self._publish(request)
         self._run(request)
-
-    def sent(self, request_id: str) -> None:
-        """Nothing reads the blocks of a SENDING request any more."""
-        request = self._requests.get(request_id)
-        if request is not None and request.status is RequestStatus.SENDING:
-            self._finish(request)
 
     def take_reserved(self) -> list[Request]:
         """Requests that became AWAITING_KV since the last call."""

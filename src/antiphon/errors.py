@@ -17,6 +17,7 @@
   x ConfigError               the operator can fix it         -> refuse to start
     - UnsupportedModelError   the model family cannot be served
   x WorkerLostError           the worker that owned the request died -> HTTP 502
+  x TelemetryGapError         a worker's telemetry skipped a message -> reconnect for a snapshot
 """
 
 from typing import Any
@@ -125,3 +126,7 @@ class UnsupportedModelError(ConfigError):
 
 class WorkerLostError(AntiphonError):
     """The worker that owned a request died before the request was finished."""
+
+
+class TelemetryGapError(AntiphonError):
+    """A worker's telemetry cannot be followed any more; its view was dropped."""

@@ -205,8 +205,8 @@ class PrefillDone(_Message, frozen=True):
     request_id: str
     num_cached_tokens: int
     num_sent_bytes: int
-    queue_seconds: float
-    compute_seconds: float
+    total_seconds: float  # from the message's arrival to the last segment being handed to the link
+    send_seconds: float  # of those, spent gathering and sending
 
 
 class Telemetry(_Message, frozen=True):

@@ -1,0 +1,79 @@
+"""Prometheus metrics that every process may count, in a registry of its own."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class Metrics:
+    """One process's counters.
+
+    Args:
+        role: Label on every sample: ``ingress`` or the worker's role.
+    """
+
+    def __init__(self, role: str) -> None:
+        self.registry = CollectorRegistry()
+        self._role = role
+        self._requests = self._counter(
+            "antiphon_requests", "Requests that ended here, by outcome.", "outcome"
+        )
+        self._fallbacks = self._counter(
+            "antiphon_prefill_fallbacks",
+            "Prompts computed by the decode worker because the prefill pool failed.",
+            "reason",
+        )
+        self._refusals = self._counter(
+            "antiphon_refusals", "Requests refused for want of capacity.", "reason"
+        )
+
+        self._engine_ttft = Histogram(
+            "antiphon_engine_time_to_first_token_seconds",
+            "From a request's arrival at its decode worker to its first token, by who computed it.",
+            ["role", "path"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._decode_step = Gauge(
+            "antiphon_decode_step_seconds",
+            "A worker's own measure of its decode steps, smoothed.",
+            ["role", "worker"],
+            registry=self.registry,
+        )
+
+    def first_token(self, path: str, seconds: float) -> None:
+        """Record a decode worker's own time to first token."""
+        self._engine_ttft.labels(self._role, path).observe(seconds)
+
+    def decode_step(self, worker: str, seconds: float) -> None:
+        """Record what a worker says of its steps."""
+        self._decode_step.labels(self._role, worker).set(seconds)
+
+    def forget_worker(self, worker: str) -> None:
+        """Drop the gauges of a worker that is gone."""
+        self._decode_step.remove_by_labels({"role": self._role, "worker": worker})
+
+    def request_ended(self, outcome: str) -> None:
+        """Count a request by how it ended: a finish reason, aborted, refused or failed."""
+        self._requests.labels(self._role, outcome).inc()
+
+    def fell_back(self, reason: str) -> None:
+        """Count a prompt that the decode worker had to compute itself."""
+        self._fallbacks.labels(self._role, reason).inc()
+
+    def refused(self, reason: str) -> None:
+        """Count a request that was refused as busy."""
+        self._refusals.labels(self._role, reason).inc()
+
+    def fallbacks(self, reason: str) -> float:
+        """Read a fallback counter."""
+        return self.registry.get_sample_value(
+            "antiphon_prefill_fallbacks_total", {"role": self._role, "reason": reason}
+        ) or 0.0  # fmt: skip
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, label: str) -> Counter:
+        return Counter(name, text, ["role", label], registry=self.registry)

@@ -1,0 +1,187 @@
+import random
+
+import pytest
+
+from antiphon.errors import WorkerBusyError
+from antiphon.messages import SamplingParams
+from antiphon.workers.block_pool import BlockPool
+from antiphon.workers.request import PrefillPath, Request, RequestStatus
+from antiphon.workers.scheduler import Scheduler, SchedulerConfig
+
+
+def make(num_blocks: int = 16, block_size: int = 4, **config: int) -> Scheduler:
+    return Scheduler(SchedulerConfig(**config), BlockPool(num_blocks, block_size))
+
+
+def request(
+    request_id: str, num_prompt: int, max_tokens: int = 4, path: PrefillPath = PrefillPath.LOCAL
+) -> Request:
+    prompt = [ord(request_id[0])] * num_prompt
+    return Request(request_id, prompt, SamplingParams(max_tokens=max_tokens), path)
+
+
+def prefill(request_id: str, num_prompt: int) -> Request:
+    return Request(request_id, [7] * num_prompt, None)
+
+
+def step(scheduler: Scheduler) -> list[tuple[str, int]]:
+    batch = scheduler.schedule()
+    if batch is None:
+        return []
+    scheduler.complete(batch, [9] * sum(c.samples for c in batch.chunks), now=0.0)
+    return [(chunk.request.request_id, chunk.num_tokens) for chunk in batch.chunks]
+
+
+def test_decode_steps_come_first_and_prompts_share_the_rest() -> None:
+    scheduler = make(max_batch_tokens=8)
+    scheduler.add(request("a", 3))
+    assert step(scheduler) == [("a", 3)]
+    scheduler.add(request("b", 5))
+    scheduler.add(request("c", 9))
+    assert step(scheduler) == [("a", 1), ("b", 5), ("c", 2)]
+    assert step(scheduler) == [("a", 1), ("b", 1), ("c", 6)]
+
+
+def test_a_prompt_crawls_when_decodes_fill_the_budget() -> None:
+    scheduler = make(max_batch_tokens=2)
+    for name in "ab":
+        scheduler.add(request(name, 1, max_tokens=20))
+    step(scheduler)
+    scheduler.add(request("c", 3))
+    assert step(scheduler) == [("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_full_queue_refuses_at_once() -> None:
+    scheduler = make(num_blocks=1, max_waiting_requests=1)
+    scheduler.add(request("a", 4))
+    with pytest.raises(WorkerBusyError, match="1 requests are waiting"):
+        scheduler.add(request("b", 4))
+    assert scheduler.num_requests == 1
+
+
+def test_remote_request_reserves_all_its_blocks_then_waits_for_kv() -> None:
+    scheduler = make()
+    remote = request("r", 10, path=PrefillPath.REMOTE)
+    scheduler.add(remote)
+    assert step(scheduler) == []
+    assert scheduler.take_reserved() == [remote]
+    assert remote.status is RequestStatus.AWAITING_KV
+    assert len(remote.block_table) == 3
+    scheduler.kv_arrived("r", 9, PrefillPath.REMOTE, now=1.0)
+    assert step(scheduler) == [("r", 1)]
+    assert remote.path is PrefillPath.REMOTE
+    assert remote.prompt_done_at == 1.0
+
+
+def test_remote_request_with_partial_kv_computes_the_rest() -> None:
+    scheduler = make()
+    scheduler.add(request("r", 10, path=PrefillPath.REMOTE))
+    step(scheduler)
+    scheduler.kv_arrived("r", 4, PrefillPath.FALLBACK, now=1.0)
+    assert step(scheduler) == [("r", 6)]
+
+
+def test_remote_request_whose_prompt_is_cached_asks_nobody() -> None:
+    scheduler = make()
+    scheduler.add(request("a", 9, max_tokens=1))
+    step(scheduler)
+    again = request("a2", 9, path=PrefillPath.REMOTE)
+    scheduler.add(again)
+    assert step(scheduler) == [("a2", 1)]
+    assert scheduler.take_reserved() == []
+    assert again.num_cached_tokens == 8
+
+
+def test_awaiting_requests_are_bounded() -> None:
+    scheduler = make(max_awaiting_kv=1)
+    for name in "rs":
+        scheduler.add(request(name, 5, path=PrefillPath.REMOTE))
+    step(scheduler)
+    assert scheduler.num_awaiting_kv == 1
+    assert scheduler.num_waiting == 1
+
+
+def test_prefill_only_keeps_its_blocks_until_they_were_sent() -> None:
+    scheduler = make()
+    sent = prefill("p", 8)
+    scheduler.add(sent)
+    assert step(scheduler) == [("p", 8)]
+    assert scheduler.take_prefilled() == [sent]
+    assert sent.status is RequestStatus.SENDING
+    assert scheduler.pool.num_free == 14
+    scheduler.abort("p")
+    assert scheduler.pool.num_free == 16
+    cached = prefill("q", 8)  # all of it is cached now: there is nothing to compute
+    scheduler.add(cached)
+    assert step(scheduler) == []
+    assert scheduler.take_prefilled() == [cached]
+
+
+def test_abort_with_a_reader_keeps_the_blocks() -> None:
+    scheduler = make(max_batch_tokens=4)
+    scheduler.add(prefill("p", 8))
+    step(scheduler)
+    scheduler.abort("p", keep_blocks=True)
+    assert scheduler.pool.num_free == 14
+    assert step(scheduler) == []
+    scheduler.abort("p")
+    assert scheduler.pool.num_free == 16
+    scheduler.check()
+
+
+def test_preemption_takes_the_youngest_and_it_finishes_later() -> None:
+    scheduler = make(num_blocks=4, block_size=2)
+    old, young = request("a", 3, max_tokens=4), request("b", 2, max_tokens=4)
+    for one in (old, young):
+        scheduler.add(one)
+    while scheduler.num_requests:
+        assert step(scheduler)
+        scheduler.check()
+    assert scheduler.num_preemptions > 0
+    assert old.num_preemptions == 0
+    assert young.output_token_ids == [9] * 4
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_workloads_finish_and_leak_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    scheduler = make(
+        num_blocks=rng.randint(8, 20),
+        block_size=rng.choice([1, 2, 4]),
+        max_batch_tokens=rng.randint(1, 20),
+        max_num_requests=rng.randint(1, 6),
+        max_awaiting_kv=rng.randint(1, 3),
+    )
+    limit = scheduler.pool.num_blocks * scheduler.pool.block_size
+    requests = []
+    for i in range(rng.randint(1, 10)):
+        num_prompt = rng.randint(1, limit // 2)
+        if rng.random() < 0.3:
+            requests.append(Request(str(i), [i % 3] * num_prompt, None))
+        else:
+            path = rng.choice([PrefillPath.LOCAL, PrefillPath.REMOTE])
+            sampling = SamplingParams(max_tokens=rng.randint(1, limit - num_prompt))
+            requests.append(Request(str(i), [i % 3] * num_prompt, sampling, path))
+        scheduler.add(requests[-1])
+    reading: list[str] = []
+    awaiting: list[Request] = []
+    for _ in range(10_000):
+        if not scheduler.num_requests:
+            break
+        step(scheduler)
+        scheduler.check()
+        awaiting += scheduler.take_reserved()
+        reading += [r.request_id for r in scheduler.take_prefilled()]
+        if awaiting and rng.random() < 0.5:
+            arrived = awaiting.pop()
+            have = rng.randint(arrived.num_computed_tokens, len(arrived.prompt_token_ids) - 1)
+            scheduler.kv_arrived(arrived.request_id, have, PrefillPath.REMOTE, now=0.0)
+        if reading and rng.random() < 0.5:
+            scheduler.abort(reading.pop())
+        if rng.random() < 0.05:
+            victim = rng.choice(requests)
+            scheduler.abort(victim.request_id, keep_blocks=victim.is_prefill_only)
+            if victim.status is RequestStatus.SENDING and victim.request_id not in reading:
+                reading.append(victim.request_id)
+    assert scheduler.num_requests == 0
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
