@@ -1,0 +1,113 @@
+"""From a checked request body to the generations it asks for.
+
+Prompt by prompt, ``n`` choices each. Choice ``i`` of a prompt samples with ``seed + i``, whatever
+else is in the request, so a batch of prompts gives what the prompts would give one by one.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from functools import partial
+
+from antiphon.deployment.backend import Backend, Tokenizer
+from antiphon.deployment.http_generation import Choice
+from antiphon.deployment.openai_api import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatCompletionRequest,
+    CompletionRequest,
+)
+from antiphon.errors import InvalidParameterError, PromptTooLongError, UnknownModelError
+from antiphon.messages import SamplingParams
+
+_LONG_TEXT = 8192  # characters; tokenising more takes milliseconds, which would stall every stream
+_SEED_MASK = 2**63 - 1
+
+Body = ChatCompletionRequest | CompletionRequest
+
+
+class Planner:
+    """Tokenises, and checks what only the model can tell."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
+        self.backend = backend
+        self.tokenizer = tokenizer
+
+    async def plan(self, body: Body) -> list[Choice]:
+        """Decide on every choice.
+
+        Raises:
+            UnknownModelError: The request names another model.
+            InvalidParameterError: A prompt is empty, or prompt and max_tokens exceed the context.
+            PromptTooLongError: A prompt leaves no room for output.
+        """
+        if body.model != self.backend.model_name:
+            raise UnknownModelError(body.model, self.backend.model_name)
+        choices = []
+        for prompt_token_ids in await self._tokenise(body):
+            max_tokens = self._max_tokens(body, len(prompt_token_ids))
+            for index in range(body.n):
+                sampling = self._sampling(body, max_tokens, index)
+                choices.append(Choice(prompt_token_ids, sampling, counts_prompt=index == 0))
+        return choices
+
+    @staticmethod
+    def count_choices(body: Body) -> int:
+        """Return how many generations a request asks for."""
+        num_prompts = 1 if isinstance(body, ChatCompletionRequest) else len(body.prompt)
+        return num_prompts * body.n
+
+    async def _tokenise(self, body: Body) -> list[list[int]]:
+        if isinstance(body, ChatCompletionRequest):
+            messages = [message.for_template() for message in body.messages]
+            num_chars = sum(len(message["content"]) for message in messages)
+            return [await _off_loop(num_chars, partial(self.tokenizer.encode_chat, messages))]
+        prompts = []
+        for prompt in body.prompt:
+            if isinstance(prompt, str):
+                encode = partial(self.tokenizer.encode, prompt)
+                prompts.append(await _off_loop(len(prompt), encode))
+            else:
+                self._check_token_ids(prompt)
+                prompts.append(prompt)
+        return prompts
+
+    def _check_token_ids(self, token_ids: list[int]) -> None:
+        vocab_size = self.tokenizer.vocab_size
+        if token_ids and max(token_ids) >= vocab_size:
+            raise InvalidParameterError(
+                "prompt", f"token id {max(token_ids)} is not below the vocabulary's {vocab_size}"
+            )
+
+    def _max_tokens(self, body: Body, num_prompt_tokens: int) -> int:
+        context = self.backend.max_context_tokens
+        if num_prompt_tokens == 0:
+            raise InvalidParameterError("prompt", "has no tokens; at least one is needed")
+        if num_prompt_tokens > context - 1:
+            raise PromptTooLongError(num_prompt_tokens, context)
+        room = context - num_prompt_tokens
+        field, limit = body.output_limit
+        if limit is None:
+            is_chat = isinstance(body, ChatCompletionRequest)
+            return room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
+        if limit > room:
+            raise InvalidParameterError(
+                field,
+                f"{limit} is too large: the prompt has {num_prompt_tokens} tokens and the context "
+                f"holds {context} tokens, which leaves {room} for the output",
+            )
+        return limit
+
+    def _sampling(self, body: Body, max_tokens: int, index: int) -> SamplingParams:
+        seed = secrets.randbits(63) if body.seed is None else (body.seed + index) & _SEED_MASK
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=max(body.top_k, 0),
+            seed=seed,
+            stop_token_ids=() if body.ignore_eos else tuple(self.tokenizer.eos_token_ids),
+        )
+
+
+async def _off_loop(num_chars: int, tokenise: Callable[[], list[int]]) -> list[int]:
+    return tokenise() if num_chars < _LONG_TEXT else await asyncio.to_thread(tokenise)
