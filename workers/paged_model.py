@@ -142,14 +142,13 @@ class PagedModel:
     """A loaded model and its KV layout.
 
     Args:
-        model: A transformers causal language model in evaluation mode.
-        dtype: Of the KV cache.
+        model: A transformers causal language model in evaluation mode; its dtype is the cache's.
 
     Raises:
         UnsupportedModelError: The family cannot be served; the message names it and says why.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.device: torch.device = model.device
         self.family: str = model.config.model_type
@@ -162,7 +161,7 @@ class PagedModel:
                 "logits_to_keep, so prompts cannot be packed"
             )
         with torch.inference_mode():
-            self.layout = KVLayout(self._probe(), dtype)
+            self.layout = KVLayout(self._probe(), model.dtype)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
@@ -226,8 +225,8 @@ class PagedModel:
         return UnsupportedModelError(f"model family {self.family!r} cannot be served: {reason}")
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PagedModel:
-    """Load weights from a folder.
+def load_model(folder: Path, dtype: torch.dtype | None, device: torch.device) -> PagedModel:
+    """Load weights from a folder, in the checkpoint's own dtype if ``dtype`` is None.
 
     Raises:
         ConfigError: The folder does not hold a causal language model.
@@ -235,13 +234,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PagedM
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, config=config, dtype=dtype)
+        model = AutoModel.from_pretrained(folder, config=config, dtype=dtype or "auto")
         model = model.to(device).eval()  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{folder}: cannot be loaded as a causal language model: {error}"
         ) from error
-    return PagedModel(model, dtype)
+    return PagedModel(model)
 
 
 def _max_context_tokens(config: Any) -> int:

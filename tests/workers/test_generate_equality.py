@@ -5,7 +5,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from engine_harness import EngineHarness, EngineShape
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, oracle, tiny_model
 
@@ -41,7 +40,7 @@ def expected(family: str) -> tuple[Any, dict[str, list[int]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_matches_generate(family: str, shape: EngineShape) -> None:
     model, tokens = expected(family)
-    with EngineHarness(PagedModel(model, torch.float32), shape) as harness:
+    with EngineHarness(PagedModel(model), shape) as harness:
         assert harness.generate(prompts(), MAX_TOKENS) == tokens
         again = {f"{name} again": prompt for name, prompt in prompts().items()}
         repeated = harness.generate(again, MAX_TOKENS)
@@ -59,4 +58,4 @@ def _was_preempted(scheduler: Scheduler) -> None:
 @pytest.mark.parametrize("family", REFUSED)
 def test_family_without_paged_attention_is_refused_by_name(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match=family):
-        PagedModel(tiny_model(family), torch.float32)
+        PagedModel(tiny_model(family))

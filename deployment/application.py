@@ -1,0 +1,142 @@
+"""The Serve application: an ingress over pools of workers.
+
+    serve run antiphon.deployment.application:app model=/models/mine
+    serve deploy config.yaml            (import_path: antiphon.deployment.application:app)
+
+Serve owns the replicas: placement, health, restarts, scaling, updates. It does not carry requests
+to the workers: an ingress finds them through ``record_replica_metadata`` and talks to them
+directly, over one session each (docs/design.md says why).
+"""
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import ray
+from pydantic import BaseModel, model_validator
+from pydantic.functional_validators import ModelWrapValidatorHandler
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from antiphon.config import AntiphonConfig, PoolConfig, parse_config
+from antiphon.messages import Role
+from antiphon.router.discovery import pack_card
+from antiphon.router.serve_discovery import ROUTER_CLASS
+
+logger = logging.getLogger(__name__)
+
+INGRESS_NAME = "ingress"
+_HEALTH_PERIOD_SECONDS = 5.0
+# Requests reach workers over sessions, so Serve sees none of them as ongoing; closing a worker
+# takes a second or two, and is forced after this.
+_GRACE_SECONDS = 30.0
+
+
+class WorkerReplica:
+    """One worker in a Serve replica."""
+
+    # Serve awaits constructors, so that loading a model does not block its control calls.
+    async def __init__(self, role: str, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        # Spinning OpenMP threads starve whatever shares the cores; must be set before torch loads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        configure_logging()
+        from antiphon.workers.model_source import resolve_model
+        from antiphon.workers.start import WorkerSettings, start_worker
+
+        parsed = AntiphonConfig.model_validate(config)
+        folder = await asyncio.to_thread(resolve_model, parsed.model.source, logger.info)
+        settings = WorkerSettings(
+            role=Role(role),
+            replica_id=serve.get_replica_context().replica_id.unique_id,
+            host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+            model_folder=folder,
+            model=parsed.model,
+            engine=parsed.pools[role].engine,
+            handoff=parsed.handoff,
+        )
+        self.worker = await start_worker(settings)
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Tell every ingress who this worker is."""
+        return pack_card(self.worker.card)
+
+    async def check_health(self) -> None:
+        """Raise if the worker should be replaced."""
+        if not self.worker.is_healthy:
+            raise RuntimeError("the engine has stopped or its steps fail")
+
+    async def __del__(self) -> None:
+        """Stop; called once by Serve at shutdown."""
+        worker = getattr(self, "worker", None)
+        if worker is not None:
+            await worker.close()
+
+
+@serve.ingress()
+class Ingress:
+    """The HTTP endpoint in a Serve replica."""
+
+    def __init__(self, config: dict[str, Any], pools: dict[str, DeploymentHandle[Any]]) -> None:
+        configure_logging()
+        self._config = AntiphonConfig.model_validate(config)
+        self._pools = pools
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Build the application on the replica, where tokenizer and sessions live."""
+        from antiphon.deployment.ingress import build_ingress
+
+        return build_ingress(self._config, self._pools)
+
+
+class AppArguments(AntiphonConfig):
+    """The configuration as Serve passes it; a bad one is explained in our words."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(cls, data: Any, handler: ModelWrapValidatorHandler["AppArguments"]) -> Any:
+        if isinstance(data, BaseModel):
+            data = data.model_dump()
+        return handler(parse_config(data, "application arguments").model_dump())
+
+
+def app(args: AppArguments) -> serve.Application:
+    """Build the application from its configuration."""
+    config = args.model_dump(mode="json")
+    pools = {
+        role: _pool_deployment(role, pool).bind(role, config) for role, pool in args.pools.items()
+    }
+    make_ingress = serve.deployment(
+        name=INGRESS_NAME,
+        num_replicas=args.http.ingress_replicas,
+        # The application bounds itself, with an answer in OpenAI's shape.
+        max_ongoing_requests=4 * args.http.max_concurrent_requests,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=_HEALTH_PERIOD_SECONDS,
+    )
+    return make_ingress(Ingress).bind(config, pools)
+
+
+def configure_logging() -> None:
+    """Let this package's log reach the replica's log at level INFO."""
+    logging.getLogger("antiphon").setLevel(logging.INFO)
+
+
+def _pool_deployment(role: str, pool: PoolConfig) -> serve.Deployment:
+    make_pool = serve.deployment(
+        name=role,
+        num_replicas=pool.replicas,
+        ray_actor_options={
+            "num_cpus": pool.num_cpus,
+            "num_gpus": pool.num_gpus,
+            "resources": pool.resources,
+        },
+        request_router_config=RequestRouterConfig.model_validate(
+            {"request_router_class": ROUTER_CLASS}
+        ),
+        health_check_period_s=_HEALTH_PERIOD_SECONDS,
+        graceful_shutdown_timeout_s=_GRACE_SECONDS,
+        graceful_shutdown_wait_loop_s=0.1,
+    )
+    return make_pool(WorkerReplica)

@@ -1,0 +1,83 @@
+"""The ``antiphon`` command."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from antiphon import __version__
+from antiphon.config import AntiphonConfig, parse_config, read_yaml
+from antiphon.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Serve large language models with prefill and decode on different workers."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="Folder with safetensors, GGUF file, hub name or built-in.")
+    ] = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers.", min=0)] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers.", min=0)] = None,
+    colocated: Annotated[
+        int | None, typer.Option(help="Workers that do both; alone unless others are named.", min=0)
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; options override it.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="An existing Ray cluster, 'auto' for the one here.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+) -> None:
+    """Start the application and serve until Ctrl-C."""
+    pools = {"prefill": prefill, "decode": decode, "colocated": colocated}
+    try:
+        parsed = merge_options(config, model, pools, {"host": host, "port": port})
+        # Ray takes seconds to import: only now, so that --help and bad options answer at once.
+        from antiphon.deployment.launcher import launch
+
+        launch(parsed, address)
+    except ConfigError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
+def merge_options(
+    config: Path | None, model: str | None, pools: dict[str, int | None], http: dict[str, Any]
+) -> AntiphonConfig:
+    """Lay the command line over the configuration file.
+
+    Raises:
+        ConfigError: The result does not describe a deployment.
+    """
+    data = read_yaml(config) if config is not None else {}
+    if pools["colocated"] and config is None:
+        # Colocated workers replace the default pools; they join those that are named.
+        pools = {role: replicas or 0 for role, replicas in pools.items()}
+    if model is not None:
+        data = _with(data, "model", {"source": model})
+    for role, replicas in pools.items():
+        if replicas is not None:
+            data = _with(data, role, {"replicas": replicas})
+    given = {key: value for key, value in http.items() if value is not None}
+    if given:
+        data = _with(data, "http", given)
+    return parse_config(data, str(config) if config is not None else "command line")
+
+
+def _with(data: dict[str, Any], section: str, values: dict[str, Any]) -> dict[str, Any]:
+    old = data.get(section) or {}
+    if not isinstance(old, dict):
+        return data  # the parser will say what is wrong with it
+    return {**data, section: {**old, **values}}

@@ -1,0 +1,168 @@
+"""Starts Ray and the application from a terminal, says what is happening, and cleans up.
+
+A local Ray is started unless an address is given, and ends with the command. On an existing cluster
+only the application is removed. SIGTERM ends it like Ctrl-C.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from antiphon.config import AntiphonConfig
+from antiphon.errors import ConfigError
+
+APP_NAME = "antiphon"
+_OBJECT_STORE_BYTES = 128 * 2**20  # requests do not pass through it
+_READY_SECONDS = 60.0
+
+
+def launch(config: AntiphonConfig, address: str | None) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        ConfigError: The model cannot be found, the port is taken, or the workers cannot start.
+    """
+    started_at = time.monotonic()
+    _check_port(config)
+    _resolve_model(config)
+    stop = threading.Event()
+    with _ray(config, address):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda *_: stop.set())
+        _deploy(config, address, stop)
+        if not stop.is_set() and _wait_until_ready(config, stop):
+            _print_ready(config, time.monotonic() - started_at)
+            stop.wait()
+        typer.echo("stopping ...")
+
+
+def _check_port(config: AntiphonConfig) -> None:
+    host, port = config.http.host, config.http.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"http: cannot listen on {host}:{port}: {error.strerror}; "
+                "stop what listens there or choose another with --port"
+            ) from None
+
+
+def _resolve_model(config: AntiphonConfig) -> None:
+    """Convert or download here, where progress can be seen; workers then find it in the cache."""
+    typer.echo(f"model {config.model.source}")
+    from antiphon.workers.model_source import resolve_model
+
+    folder = resolve_model(config.model.source, lambda text: typer.echo(f"  {text}"))
+    typer.echo(f"  in {folder}")
+
+
+@contextmanager
+def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+    from ray import serve
+
+    if address is not None:
+        typer.echo(f"joining Ray at {address}")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    else:
+        needed = sum(pool.replicas * pool.num_cpus for pool in config.pools.values())
+        num_cpus = max(os.cpu_count() or 1, int(-(-needed // 1)))
+        typer.echo(f"starting Ray with {num_cpus} CPUs")
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    try:
+        yield
+    finally:
+        if address is None:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        else:
+            serve.delete(APP_NAME)
+        ray.shutdown()
+
+
+def _deploy(config: AntiphonConfig, address: str | None, stop: threading.Event) -> None:
+    """Deploy and report progress until the application runs, fails or is stopped."""
+    from ray import serve
+
+    from antiphon.deployment.application import AppArguments, app
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    http_options = {"host": config.http.host, "port": config.http.port}
+    serve.start(http_options=http_options, proxy_location="HeadOnly" if not address else None)
+    application = app(AppArguments.model_validate(config.model_dump()))
+    target = serve.RunTarget(application, name=APP_NAME, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+    seen = ""
+    while not stop.wait(0.25):
+        status = serve.status().applications[APP_NAME]
+        now = "  ".join(f"{n}: {d.status.value.lower()}" for n, d in status.deployments.items())
+        if now != seen:
+            typer.echo(f"  {now}")
+            seen = now
+        if status.status.value == "RUNNING":
+            return
+        if status.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
+            messages = [d.message for d in status.deployments.values() if d.message]
+            raise ConfigError("the application did not start:\n" + "\n".join(messages))
+
+
+def _wait_until_ready(config: AntiphonConfig, stop: threading.Event) -> bool:
+    """Wait until the ingress has found its workers; False if stopped first."""
+    url = f"http://{_reachable_host(config)}:{config.http.port}/ready"
+    deadline = time.monotonic() + _READY_SECONDS
+    reason = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return True
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace")
+        except OSError as error:
+            reason = str(error)
+        if stop.wait(0.1):
+            return False
+    raise ConfigError(f"{url} was not ready within {_READY_SECONDS:.0f} s: {reason}")
+
+
+def _print_ready(config: AntiphonConfig, seconds: float) -> None:
+    base = f"http://{_reachable_host(config)}:{config.http.port}"
+    body = {
+        "model": config.model.name,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "stream": True,
+    }
+    typer.secho(f"\nready after {seconds:.1f} s: {base}/v1", fg="green", bold=True)
+    typer.echo(f"  model    {config.model.name}")
+    for role, pool in config.pools.items():
+        device = f"{pool.num_gpus:g} GPU" if pool.num_gpus else f"{pool.num_cpus:g} CPU"
+        typer.echo(f"  {role:<9}{pool.replicas} worker{'s'[: pool.replicas != 1]}, {device} each")
+    typer.echo(f"  ingress  {config.http.ingress_replicas} process, metrics at {base}/metrics")
+    typer.echo("\ntry it:\n")
+    typer.echo(
+        f"curl -N {base}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"-d '{json.dumps(body)}'"
+    )
+    typer.echo("\nCtrl-C stops it.")
+
+
+def _reachable_host(config: AntiphonConfig) -> str:
+    return "127.0.0.1" if config.http.host == "0.0.0.0" else config.http.host

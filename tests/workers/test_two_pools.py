@@ -1,0 +1,227 @@
+"""A prompt prefilled on one worker and decoded on another gives what generate() gives."""
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from pools import Client, assert_idle, peer_of, start, until
+from tiny_models import VOCAB_SIZE, oracle, tiny_model
+
+from antiphon.config import EngineConfig, HandoffConfig
+from antiphon.messages import PrefillPeer, Role
+from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
+
+MAX_TOKENS = 8
+FAMILIES = ["llama", "gemma2", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_moe"]
+
+
+def prompts(seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    lengths = [1, 2, 5, 16, 17, 33, 45]
+    made = [rng.choices(range(3, VOCAB_SIZE), k=n) for n in lengths]
+    return [*made, made[-1][:32] + rng.choices(range(3, VOCAB_SIZE), k=6)]
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 120))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [(16, 16, 512), (4, 16, 5), (8, 1, 16)], ids=str)
+def test_greedy_output_equals_generate(family: str, sizes: tuple[int, int, int]) -> None:
+    """Block sizes of the pools differ; prompts are chunked, packed, repeated from the caches."""
+    model = tiny_model(family)
+    expected = [oracle(model, prompt, MAX_TOKENS) for prompt in prompts()]
+    prefill_block, decode_block, budget = sizes
+
+    async def scenario() -> None:
+        prefill = await start(
+            Role.PREFILL,
+            model,
+            engine=EngineConfig(block_size=prefill_block, max_batch_tokens=budget),
+            num_blocks=512 // prefill_block,
+        )
+        decode = await start(
+            Role.DECODE,
+            model,
+            engine=EngineConfig(block_size=decode_block, max_batch_tokens=budget),
+            num_blocks=768 // decode_block,
+        )
+        client = await Client.connect(decode)
+        for _ in range(2):
+            ids = [client.submit(p, MAX_TOKENS, peer_of(prefill)) for p in prompts()]
+            assert await client.finish(*ids) == expected
+        assert client.paths[ids[0]] == "local", "one token leaves nothing to prefill"
+        assert decode.metrics.fallbacks("HandoffError") == 0
+        await assert_idle(prefill, decode)
+        for closing in (client.session, prefill, decode):
+            await closing.close()
+
+    run(scenario())
+
+
+async def pair(
+    model: Any, plan: FaultPlan | None = None, handoff: HandoffConfig | None = None
+) -> tuple[Any, Any, Client]:
+    network = MemoryNetwork()
+    prefill = await start(
+        Role.PREFILL,
+        model,
+        engine=EngineConfig(max_batch_tokens=16),
+        transport=MemoryTransport(network, "p", plan),
+    )
+    decode = await start(
+        Role.DECODE, model, handoff=handoff, transport=MemoryTransport(network, "d")
+    )
+    return prefill, decode, await Client.connect(decode)
+
+
+def test_only_what_decode_lacks_crosses() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        prefill, decode, client = await pair(model)
+        prompt = prompts()[-2]
+        await client.finish(client.submit(prompt, MAX_TOKENS, peer_of(prefill)))
+        first = decode.generate.receiver.counters().received_bytes
+        assert first == 44 * decode.card.kv_bytes_per_token
+        longer = prompt[:40] + [5] * 10
+        await client.finish(client.submit(longer, MAX_TOKENS, peer_of(prefill)))
+        second = decode.generate.receiver.counters().received_bytes - first
+        assert second == (49 - 32) * decode.card.kv_bytes_per_token
+        await assert_idle(prefill, decode)
+        for closing in (client.session, prefill, decode):
+            await closing.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Fault.CORRUPT_PAYLOAD, "SegmentRejectedError"),
+        (Fault.BREAK_BEFORE, "LinkBrokenError"),
+        (Fault.HOLD, "HandoffError"),
+        (Fault.DROP, "SegmentRejectedError"),
+    ],
+)
+def test_a_failed_handoff_falls_back_counted_and_right(fault: Fault, reason: str) -> None:
+    model = tiny_model("llama")
+    prompt = prompts()[-2]
+    expected = oracle(model, prompt, MAX_TOKENS)
+
+    async def scenario() -> None:
+        plan = FaultPlan({2: fault})
+        prefill, decode, client = await pair(model, plan, HandoffConfig(timeout_seconds=1.0))
+        request_id = client.submit(prompt, MAX_TOKENS, peer_of(prefill))
+        assert await client.finish(request_id) == [expected]
+        assert client.paths[request_id] == "fallback"
+        assert decode.metrics.fallbacks(reason) == 1
+        plan.release()
+        await assert_idle(prefill, decode)
+        for closing in (client.session, prefill, decode):
+            await closing.close()
+
+    run(scenario())
+
+
+def test_unreachable_and_restarted_prefill_workers_are_done_without() -> None:
+    model = tiny_model("llama")
+    prompt = prompts()[-2]
+    expected = oracle(model, prompt, MAX_TOKENS)
+
+    async def scenario() -> None:
+        prefill, decode, client = await pair(model)
+        nowhere = PrefillPeer("ws://127.0.0.1:9/session", "gone")
+        stranger = PrefillPeer(prefill.card.url, "an earlier incarnation")
+        for peer in (nowhere, stranger):
+            request_id = client.submit(prompt, MAX_TOKENS, peer)
+            assert await client.finish(request_id) == [expected]
+        assert decode.metrics.fallbacks("LinkBrokenError") == 2
+        await assert_idle(prefill, decode)
+        for closing in (client.session, prefill, decode):
+            await closing.close()
+
+    run(scenario())
+
+
+def test_prefill_worker_that_stops_mid_transfer_is_done_without() -> None:
+    model = tiny_model("llama")
+    prompt = prompts()[-2]
+    expected = oracle(model, prompt, MAX_TOKENS)
+
+    async def scenario() -> None:
+        plan = FaultPlan({1: Fault.HOLD})
+        prefill, decode, client = await pair(model, plan)
+        request_id = client.submit(prompt, MAX_TOKENS, peer_of(prefill))
+        await until(lambda: decode.generate.receiver.num_pending == 1)
+        await until(lambda: prefill.num_requests == 1)
+        plan.release()
+        await prefill.close()
+        assert await client.finish(request_id) == [expected]
+        await assert_idle(decode)
+        for closing in (client.session, decode):
+            await closing.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("when", ["awaiting KV", "decoding"])
+@pytest.mark.parametrize("how", ["abort", "disconnect"])
+def test_a_client_that_leaves_frees_both_pools_within_a_second(when: str, how: str) -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        plan = FaultPlan({2: Fault.HOLD} if when == "awaiting KV" else {})
+        prefill, decode, client = await pair(model, plan)
+        prompt = prompts()[-2]
+        request_id = client.submit(prompt, 400, peer_of(prefill))
+        if when == "awaiting KV":
+            await until(lambda: decode.generate.receiver.counters().segments > 0)
+        else:
+            await client.wait_until(lambda: len(client.tokens[request_id]) > 2)
+        if how == "abort":
+            client.abort(request_id)
+        else:
+            await client.session.close()
+        assert await until(lambda: decode.num_requests == 0) < 1.0
+        plan.release()
+        assert await until(lambda: prefill.num_requests == 0) < 1.0
+        await assert_idle(prefill, decode)
+        for closing in (client.session, prefill, decode):
+            await closing.close()
+
+    run(scenario())
+
+
+def test_bad_and_excess_requests_are_refused_with_a_reason() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        engine = EngineConfig(max_num_requests=1, max_waiting_requests=1)
+        decode = await start(Role.DECODE, model, engine=engine, num_blocks=32)
+        prefill = await start(Role.PREFILL, model)
+        client = await Client.connect(decode)
+        too_long = client.submit([5] * 10, 600)
+        empty = client.submit([], 5)
+        await client.finish(too_long, empty)
+        assert client.ended[too_long] == (
+            "invalid: 10 prompt tokens and max_tokens 600 exceed this worker's context of 512"
+        )
+        assert client.ended[empty].startswith("invalid: a request needs a prompt")
+        running = client.submit([5] * 10, 300)
+        await client.wait_until(lambda: len(client.tokens[running]) > 0)
+        others = [client.submit([5] * 10, 2) for _ in range(3)]
+        await client.finish(*others, running)
+        assert sorted(client.ended[i].split(":")[0] for i in others) == ["busy", "busy", "length"]
+        wrong_role = await Client.connect(prefill)
+        misplaced = wrong_role.submit([5] * 10, 2)
+        await wrong_role.finish(misplaced)
+        assert wrong_role.ended[misplaced] == "invalid: a prefill worker does not take Submit"
+        await assert_idle(prefill, decode)
+        for closing in (client.session, wrong_role.session, prefill, decode):
+            await closing.close()
+
+    run(scenario())

@@ -1,0 +1,39 @@
+"""What both ends of a hand-off have in common: who they are and where their KV is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from antiphon.workers.handoff.transport import Transport
+from antiphon.workers.handoff.wire import WireFormat
+
+
+class KVStore(Protocol):
+    """The KV cache, as the hand-off sees it."""
+
+    num_bytes_per_token: int
+
+    def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
+        """Copy KV of tokens ``[start, end)`` to ``out``, uint8 in wire order; done on return."""
+
+    def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
+        """Copy a segment to tokens ``[start, end)``; ``segment`` is free for reuse on return."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One worker's end of its links.
+
+    Args:
+        transport: Owned by the sender or receiver that it is given to, which closes it.
+        store: Its ``gather`` and ``scatter`` are called from the links' threads.
+        incarnation: Fresh at every start of the worker.
+        wire: Must equal that of the other end.
+    """
+
+    transport: Transport
+    store: KVStore
+    incarnation: str
+    wire: WireFormat

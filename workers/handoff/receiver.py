@@ -1,0 +1,267 @@
+"""The decode worker's end: stages what arrives, checks it, and only then lets it touch blocks.
+
+A transfer is *live* from ``expect`` until it has ended or was cancelled. Only a live transfer is
+scattered into blocks, under its lock, and ``cancel`` takes the same lock: that is the fence. Once
+``cancel`` has returned, or ``on_complete`` was called, nothing writes to the transfer's blocks.
+
+    expect ─▶ live ─all tokens and END─▶ on_complete(None)
+                ├──rejected segment, ABORT, link broke, time-out──▶ on_complete(HandoffError)
+                └──cancel──▶ (no call)
+
+What arrives for a transfer that is not live is read off the link, discarded and counted.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
+from antiphon.messages import LinkOffer
+from antiphon.workers.handoff.counters import HandoffCounters, Tally
+from antiphon.workers.handoff.endpoint import Endpoint
+from antiphon.workers.handoff.incoming import Incoming
+from antiphon.workers.handoff.receiver_link import ReceiverLink
+
+_IDLE_SECONDS = 60.0  # an idle watchdog looks around this often, though it is always notified
+
+OnComplete = Callable[[str, int, HandoffError | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverLimits:
+    """Bounds of a ``HandoffReceiver``."""
+
+    timeout_seconds: float = 60.0  # from expect to END
+    io_timeout_seconds: float = 10.0  # for the handshake, and for a payload to follow its header
+    max_pending: int = 32
+    max_links: int = 64
+
+
+class HandoffReceiver:
+    """Receives transfers from any number of senders.
+
+    Args:
+        endpoint: This worker's end.
+        limits: Bounds.
+        on_complete: Called with (transfer id, tokens received without a gap, error) exactly once
+            per expected transfer, unless ``cancel`` returned True for it. It comes from a link's
+            thread, the watchdog or ``close``, must not raise and must not block.
+    """
+
+    def __init__(self, endpoint: Endpoint, limits: ReceiverLimits, on_complete: OnComplete) -> None:
+        self._endpoint = endpoint
+        self._limits = limits
+        self._on_complete = on_complete
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._transfers: dict[str, Incoming] = {}  # oldest first, so the first to time out first
+        self._links: dict[str, ReceiverLink] = {}
+        self._current: dict[str, ReceiverLink] = {}  # by peer, least recently offered first
+        self.tally = Tally()
+        self._closed = False
+        self._watchdog = threading.Thread(target=self._watch, name="handoff-watchdog", daemon=True)
+        self._watchdog.start()
+
+    def offer(self, peer_incarnation: str) -> LinkOffer:
+        """Say how a prefill worker reaches this one; a fresh link after a break.
+
+        Raises:
+            WorkerBusyError: All links are in use.
+            LinkBrokenError: The receiver is closed.
+        """
+        address = self._endpoint.transport.address
+        evicted = None
+        with self._lock:
+            if self._closed:
+                raise LinkBrokenError("this worker's hand-off receiver is closed")
+            link = self._current.pop(peer_incarnation, None)
+            if link is None:
+                evicted = self._make_room()
+                link = ReceiverLink(self._endpoint, self, uuid.uuid4().hex, peer_incarnation)
+                self._links[link.link_id] = link
+            self._current[peer_incarnation] = link
+        if evicted is not None:
+            evicted.close()
+        return LinkOffer(
+            transport=self._endpoint.transport.name,
+            address=address,
+            link_id=link.link_id,
+            receiver_incarnation=self._endpoint.incarnation,
+            wire_fingerprint=self._endpoint.wire.fingerprint,
+        )
+
+    def expect(
+        self, transfer_id: str, link_id: str, block_table: Sequence[int], start: int, end: int
+    ) -> None:
+        """Make a transfer live, before its sender is asked for it.
+
+        Args:
+            transfer_id: 32 hex digits, never used before.
+            link_id: Of the offer that the sender gets.
+            block_table: Of the request, from its first token; the blocks of ``[start, end)`` are
+                written until the transfer has ended or ``cancel`` has returned.
+            start: First token to receive.
+            end: One past the last.
+
+        Raises:
+            WorkerBusyError: The bound of pending transfers is reached.
+            LinkBrokenError: The link is gone; get another offer.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if transfer_id in self._transfers or not 0 <= start < end:
+                raise ValueError(f"transfer {transfer_id} [{start}, {end}) is live or empty")
+            if len(self._transfers) >= self._limits.max_pending:
+                raise WorkerBusyError(f"{len(self._transfers)} prompts are awaited from prefill")
+            link = self._links.get(link_id)
+            if link is None or self._closed:
+                raise LinkBrokenError(f"link {link_id} is gone; ask for a new offer")
+            transfer = Incoming(transfer_id, link_id, tuple(block_table), (start, end), now)
+            self._transfers[transfer_id] = transfer
+            link.transfers[transfer_id] = transfer
+            link.ensure_started()
+            self._changed.notify_all()
+
+    def cancel(self, transfer_id: str) -> bool:
+        """Stop a transfer; on return nothing will write to its blocks any more.
+
+        Waits for a scatter under way, which takes milliseconds.
+
+        Returns:
+            Whether it was live; then ``on_complete`` is not called for it.
+        """
+        with self._lock:
+            transfer = self._transfers.get(transfer_id)
+        was_live = transfer is not None and transfer.fence()
+        if transfer is not None:
+            self._forget(transfer)
+        return was_live
+
+    def counters(self) -> HandoffCounters:
+        """What was received and discarded so far."""
+        return self.tally.snapshot()
+
+    @property
+    def num_links(self) -> int:
+        """Links that are offered or open."""
+        with self._lock:
+            return len(self._links)
+
+    @property
+    def num_pending(self) -> int:
+        """Live transfers."""
+        with self._lock:
+            return len(self._transfers)
+
+    @property
+    def limits(self) -> ReceiverLimits:
+        """As given."""
+        return self._limits
+
+    def close(self) -> None:
+        """Break all links; ends live transfers with ``LinkBrokenError``."""
+        with self._lock:
+            self._closed = True
+            links = list(self._links.values())
+            self._changed.notify_all()
+        for link in links:
+            link.close()
+        self._endpoint.transport.close()
+        for link in links:
+            link.join(2 * self._limits.io_timeout_seconds + 1)
+        self._watchdog.join(self._limits.io_timeout_seconds)
+        for transfer in self._live_transfers():
+            self.end(transfer, LinkBrokenError("this worker's hand-off receiver was closed"))
+
+    # What the links' threads report.
+
+    def find(self, transfer_id: str) -> Incoming | None:
+        """The live transfer with this id."""
+        with self._lock:
+            return self._transfers.get(transfer_id)
+
+    def end(self, transfer: Incoming, error: HandoffError | None) -> None:
+        """End a transfer, if nobody else has."""
+        if transfer.fence():
+            self._forget(transfer)
+            self._on_complete(transfer.transfer_id, transfer.num_received, error)
+
+    def link_ended(self, link: ReceiverLink, error: HandoffError, was_connected: bool) -> None:
+        """Forget a link and fail its transfers."""
+        with self._lock:
+            self._links.pop(link.link_id, None)
+            if self._current.get(link.peer_incarnation) is link:
+                del self._current[link.peer_incarnation]
+            ended = list(link.transfers.values())
+        if was_connected and not link.is_closing:
+            self.tally.broken_link()
+        self._endpoint.transport.refuse(link.link_id)
+        for transfer in ended:
+            self.end(transfer, error)
+
+    def forget_if_idle(self, link: ReceiverLink) -> bool:
+        """Forget an offered link that nobody has connected to, unless a transfer needs it."""
+        with self._lock:
+            if link.transfers:
+                return False
+            self._links.pop(link.link_id, None)
+            if self._current.get(link.peer_incarnation) is link:
+                del self._current[link.peer_incarnation]
+            return True
+
+    def _live_transfers(self) -> list[Incoming]:
+        with self._lock:
+            return list(self._transfers.values())
+
+    def _make_room(self) -> ReceiverLink | None:
+        if len(self._links) < self._limits.max_links:
+            return None
+        for link in [*self._current.values(), *self._links.values()]:
+            if not link.transfers:
+                self._links.pop(link.link_id)
+                self._current.pop(link.peer_incarnation, None)
+                return link
+        raise WorkerBusyError(f"all {len(self._links)} hand-off links of this worker are in use")
+
+    def _forget(self, transfer: Incoming) -> None:
+        """Drop a fenced transfer, and its link if that was only kept for it."""
+        unused = None
+        with self._lock:
+            if self._transfers.get(transfer.transfer_id) is transfer:
+                del self._transfers[transfer.transfer_id]
+            link = self._links.get(transfer.link_id)
+            if link is not None:
+                link.transfers.pop(transfer.transfer_id, None)
+                if not link.transfers and self._current.get(link.peer_incarnation) is not link:
+                    unused = link
+        if unused is not None:
+            unused.close()
+
+    def _watch(self) -> None:
+        while (transfer := self._next_overdue()) is not None:
+            self._retire(transfer.link_id)
+            timeout = self._limits.timeout_seconds
+            self.end(transfer, HandoffError(f"{transfer.progress} in {timeout} s; timed out"))
+
+    def _next_overdue(self) -> Incoming | None:
+        """Wait for a transfer to run out of time; None when closing."""
+        with self._changed:
+            while not self._closed:
+                oldest = next(iter(self._transfers.values()), None)
+                wait_seconds = _IDLE_SECONDS
+                if oldest is not None:
+                    deadline = oldest.began + self._limits.timeout_seconds
+                    wait_seconds = deadline - time.monotonic()
+                    if wait_seconds <= 0:
+                        return oldest
+                self._changed.wait(min(wait_seconds, _IDLE_SECONDS))
+        return None
+
+    def _retire(self, link_id: str) -> None:
+        """Offer another link from now on: the peer may hang. Transfers on this one go on."""
+        with self._lock:
+            link = self._links.get(link_id)
+            if link is not None and self._current.get(link.peer_incarnation) is link:
+                del self._current[link.peer_incarnation]

@@ -1,0 +1,162 @@
+"""One link of a receiver, and the thread that reads it.
+
+The thread always has the receive for the next header posted, without a time-out: that costs
+nothing while the link is idle, and shows a dead peer at once. A peer that hangs is found by the
+transfers' time-out. Whatever a header announces is read before it is judged, so that the link stays
+in step; only a header that can't be trusted breaks the link.
+"""
+
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from antiphon.errors import HandoffError, LinkBrokenError, SegmentRejectedError
+from antiphon.workers.handoff.endpoint import Endpoint
+from antiphon.workers.handoff.handshake import answer
+from antiphon.workers.handoff.incoming import Incoming
+from antiphon.workers.handoff.segment import HEADER_BYTES, Epochs, Header, Kind, as_bytes
+from antiphon.workers.handoff.transport import Link
+
+if TYPE_CHECKING:
+    from antiphon.workers.handoff.receiver import HandoffReceiver
+
+
+class ReceiverLink:
+    """Offered, then connected, then broken; never reused."""
+
+    def __init__(
+        self, endpoint: Endpoint, receiver: "HandoffReceiver", link_id: str, peer_incarnation: str
+    ) -> None:
+        self.link_id = link_id
+        self.peer_incarnation = peer_incarnation
+        self.transfers: dict[str, Incoming] = {}  # guarded by the receiver's lock
+        self.is_closing = False
+        self._endpoint = endpoint
+        self._receiver = receiver
+        self._epochs = Epochs.of(peer_incarnation, endpoint.incarnation)
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()
+        self._link: Link | None = None
+        self._thread: threading.Thread | None = None
+
+    def ensure_started(self) -> None:
+        """Start to accept and read, on the first expected transfer."""
+        if self._thread is None:
+            name = f"handoff-recv-{self.link_id[:8]}"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Break the link, or stop offering it."""
+        with self._lock:
+            self.is_closing = True
+            link = self._link
+        if link is not None:
+            link.close()
+        else:
+            self._endpoint.transport.refuse(self.link_id)
+
+    def join(self, timeout_seconds: float) -> None:
+        """Wait for the thread."""
+        if self._thread is not None:
+            self._thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        error: HandoffError = LinkBrokenError("the link was closed by this worker")
+        try:
+            link = self._accept()
+            if link is not None:
+                answer(
+                    link,
+                    self._endpoint.wire,
+                    self._epochs,
+                    self._receiver.limits.io_timeout_seconds,
+                )
+                while True:
+                    self._receive(link)
+        except HandoffError as broken:
+            error = broken
+        except Exception as unexpected:
+            error = LinkBrokenError(f"the link's thread failed: {unexpected!r}")
+            error.__cause__ = unexpected
+        if self._link is not None:
+            self._link.close()
+        self._receiver.link_ended(self, error, was_connected=self._link is not None)
+
+    def _accept(self) -> Link | None:
+        """Wait for the sender for as long as transfers are expected from it."""
+        while True:
+            try:
+                link = self._endpoint.transport.accept(
+                    self.link_id, self._receiver.limits.timeout_seconds
+                )
+            except TimeoutError:
+                if self._receiver.forget_if_idle(self):
+                    return None
+                continue
+            with self._lock:
+                self._link = link
+                if self.is_closing:
+                    raise LinkBrokenError("the link was closed by this worker")
+            return link
+
+    def _receive(self, link: Link) -> None:
+        raw = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+        link.recv(raw, timeout_seconds=None)
+        header = Header.unpack(as_bytes(raw))
+        payload = self._stage(header.num_payload_bytes)
+        if payload.numel():
+            link.recv(payload, self._receiver.limits.io_timeout_seconds)
+        transfer = self._receiver.find(header.transfer_id.hex())
+        reason = self._reason_to_discard(header, transfer)
+        if transfer is None or reason is not None:
+            self._receiver.tally.discarded(reason or "unknown_transfer")
+        else:
+            self._deliver(header, payload, transfer)
+
+    def _stage(self, num_bytes: int) -> Tensor:
+        if num_bytes > self._staging.numel():
+            self._staging = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._staging[:num_bytes]
+
+    def _reason_to_discard(self, header: Header, transfer: Incoming | None) -> str | None:
+        """Why a message says nothing about any transfer of this link."""
+        if header.epochs != self._epochs:
+            return "stale_epoch"
+        if transfer is None:
+            return "unknown_transfer"
+        if transfer.link_id != self.link_id:
+            return "wrong_link"
+        return None
+
+    def _deliver(self, header: Header, payload: Tensor, transfer: Incoming) -> None:
+        try:
+            if header.kind is Kind.DATA:
+                self._write(header, payload, transfer)
+            elif header.kind is Kind.END:
+                transfer.check_end(header)
+                self._receiver.end(transfer, None)
+            elif header.kind is Kind.ABORT:
+                reason = as_bytes(payload).decode(errors="replace")
+                self._receiver.end(transfer, HandoffError(f"the sender gave up: {reason}"))
+            else:
+                raise SegmentRejectedError("kind: a handshake in the middle of a transfer")
+        except SegmentRejectedError as error:
+            self._receiver.tally.discarded(str(error).partition(":")[0])
+            self._receiver.end(transfer, error)
+
+    def _write(self, header: Header, payload: Tensor, transfer: Incoming) -> None:
+        try:
+            discarded = transfer.take(header, payload, self._endpoint.store)
+        except SegmentRejectedError:
+            raise
+        except Exception as error:
+            failed = HandoffError(f"writing to the KV cache failed: {error!r}")
+            self._receiver.end(transfer, failed)
+            return
+        if discarded is None:
+            self._receiver.tally.segment(payload.numel())
+        else:
+            self._receiver.tally.discarded(discarded)

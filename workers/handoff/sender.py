@@ -1,0 +1,148 @@
+"""The prefill worker's end: sends the KV of open transfers while later tokens are computed.
+
+A transfer is a range of tokens of which a growing part is computed. ``push`` only moves the end of
+that part, so the engine never waits and nothing queues up: when a link is slower than the engine,
+pushes merge into larger segments. On a link the oldest transfer with something to send goes first.
+
+    open ─▶ sending ─finish, all sent─▶ END   ─▶ on_done(None)
+               ├────abort─────────────▶ ABORT ─▶ on_done(HandoffError)
+               └────link breaks───────────────▶ on_done(LinkBrokenError)
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
+from antiphon.messages import LinkOffer
+from antiphon.workers.handoff.endpoint import Endpoint
+from antiphon.workers.handoff.segment import MAX_PAYLOAD_BYTES
+from antiphon.workers.handoff.sender_link import Outgoing, SenderLink
+
+OnDone = Callable[[str, HandoffError | None, int, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SenderLimits:
+    """Bounds of a ``HandoffSender``."""
+
+    timeout_seconds: float = 10.0  # to connect; for the receiver to take a segment
+    max_links: int = 64
+    segment_bytes: int = 4 << 20  # larger pushes are split; also the staging memory per link
+
+
+class HandoffSender:
+    """Sends transfers to any number of receivers.
+
+    Args:
+        endpoint: This worker's end.
+        limits: Bounds.
+        on_done: Called with (transfer id, error, payload bytes sent, seconds the link was busy with
+            them) exactly once per opened transfer, from a link's thread or from ``close``. It must
+            not raise and must not block. Until then the caller keeps the transfer's blocks alive.
+    """
+
+    def __init__(self, endpoint: Endpoint, limits: SenderLimits, on_done: OnDone) -> None:
+        bytes_per_token = endpoint.store.num_bytes_per_token
+        if not bytes_per_token <= max(limits.segment_bytes, bytes_per_token) <= MAX_PAYLOAD_BYTES:
+            raise ValueError(
+                f"segment_bytes {limits.segment_bytes} and the {bytes_per_token} KV bytes of one "
+                f"token must not exceed {MAX_PAYLOAD_BYTES}"
+            )
+        self._endpoint = endpoint
+        self._limits = limits
+        self._on_done = on_done
+        self._lock = threading.Lock()
+        self._links: dict[tuple[str, str], SenderLink] = {}  # least recently used first
+        self._transfers: dict[str, SenderLink] = {}
+        self._closed = False
+
+    def open(self, transfer_id: str, offer: LinkOffer, first_token: int) -> None:
+        """Begin a transfer; the link is made on its first use, in the background.
+
+        Args:
+            transfer_id: 32 hex digits.
+            offer: From the receiver.
+            first_token: First token to send.
+
+        Raises:
+            WorkerBusyError: All links are in use; nothing was opened.
+            LinkBrokenError: The sender is closed.
+        """
+        evicted = None
+        with self._lock:
+            if self._closed:
+                raise LinkBrokenError("this worker's hand-off sender is closed")
+            if transfer_id in self._transfers:
+                raise ValueError(f"transfer {transfer_id} is open already")
+            key = (offer.address, offer.link_id)
+            link = self._links.pop(key, None)
+            if link is None:
+                evicted = self._make_room()
+                link = SenderLink(
+                    self._endpoint, self._limits.timeout_seconds, self._limits.segment_bytes, offer
+                )
+                link.start(self._lock, self._end)
+            self._links[key] = link
+            self._transfers[transfer_id] = link
+            link.add(Outgoing(transfer_id, first_token, first_token))
+        if evicted is not None:
+            evicted.close()
+
+    def push(self, transfer_id: str, block_table: Sequence[int], start: int, end: int) -> None:
+        """Say that KV of tokens ``[start, end)`` is computed; never blocks.
+
+        Harmless if the transfer has ended. ``start`` is where the last push ended.
+        """
+        with self._lock:
+            if link := self._transfers.get(transfer_id):
+                link.push(transfer_id, block_table, start, end)
+
+    def finish(self, transfer_id: str) -> None:
+        """Say that everything was pushed; harmless if the transfer has ended."""
+        with self._lock:
+            if link := self._transfers.get(transfer_id):
+                link.finish(transfer_id)
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        """Give a transfer up and tell the receiver why; harmless if the transfer has ended."""
+        with self._lock:
+            if link := self._transfers.get(transfer_id):
+                link.abort(transfer_id, reason)
+
+    @property
+    def num_links(self) -> int:
+        """Links that are open or being made."""
+        with self._lock:
+            return len(self._links)
+
+    def close(self) -> None:
+        """Break all links; ends open transfers with ``LinkBrokenError``."""
+        with self._lock:
+            self._closed = True
+            links = list(self._links.values())
+        for link in links:
+            link.close()
+        for link in links:
+            link.join()
+        self._endpoint.transport.close()
+
+    def _make_room(self) -> SenderLink | None:
+        if len(self._links) < self._limits.max_links:
+            return None
+        for key, link in self._links.items():
+            if link.is_idle:
+                return self._links.pop(key)
+        raise WorkerBusyError(f"all {len(self._links)} hand-off links of this worker are in use")
+
+    def _end(self, link: SenderLink, transfer: Outgoing | None, error: HandoffError | None) -> None:
+        with self._lock:
+            ended = [transfer] if transfer else list(link.transfers.values())
+            for each in ended:
+                del self._transfers[each.transfer_id]
+                del link.transfers[each.transfer_id]
+            key = (link.offer.address, link.offer.link_id)
+            if transfer is None and self._links.get(key) is link:
+                del self._links[key]
+        for each in ended:
+            self._on_done(each.transfer_id, error, each.num_bytes, each.busy_seconds)

@@ -1,0 +1,70 @@
+"""What carries bytes between two workers.
+
+A link is private to one pair of workers, ordered, and used by one thread at each end. KV crosses it
+from the end that connected (the sender) to the end that accepted (the receiver); the way back
+carries only the answer in the handshake. Each tensor that is sent meets exactly one ``recv`` of the
+same size. A link breaks once and as a whole: after any error, both ends' calls raise
+``LinkBrokenError``, and its id is never used again.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Link(Protocol):
+    """One end of a link."""
+
+    def send(self, tensors: Sequence[Tensor], timeout_seconds: float) -> None:
+        """Send contiguous 1-D uint8 tensors in order; they may be reused on return.
+
+        Raises:
+            LinkBrokenError: The peer died, did not take them in time, or the link was closed.
+        """
+
+    def recv(self, tensor: Tensor, timeout_seconds: float | None) -> None:
+        """Fill ``tensor`` with what was sent next.
+
+        Args:
+            tensor: Contiguous 1-D uint8; its content is undefined after an error.
+            timeout_seconds: Running out of it breaks the link. None: wait as long as the link
+                lives, without using the CPU.
+
+        Raises:
+            LinkBrokenError: The peer died, sent nothing in time, or the link was closed.
+        """
+
+    def close(self) -> None:
+        """Break the link, from any thread; calls that are blocked at either end raise at once."""
+
+
+class Transport(Protocol):
+    """Makes links."""
+
+    name: str
+
+    @property
+    def address(self) -> str:
+        """Where other workers reach ``accept``, as host:port."""
+
+    def accept(self, link_id: str, timeout_seconds: float) -> Link:
+        """Wait for the other end of a link.
+
+        Raises:
+            TimeoutError: Nobody connected; ``accept`` may be called again.
+            LinkBrokenError: The link was refused, or its set-up failed.
+        """
+
+    def connect(self, address: str, link_id: str, timeout_seconds: float) -> Link:
+        """Connect to a worker that accepts, or will soon accept, ``link_id``.
+
+        Raises:
+            LinkBrokenError: No worker is there, it refuses the link, or it does not answer in time.
+        """
+
+    def refuse(self, link_id: str) -> None:
+        """Never accept this link (again); an ``accept`` or ``connect`` under way raises at once."""
+
+    def close(self) -> None:
+        """Refuse all links that are being accepted; established links go on until closed."""

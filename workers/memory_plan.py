@@ -1,0 +1,46 @@
+"""How many KV blocks a worker gets."""
+
+import os
+
+import torch
+
+from antiphon.config import EngineConfig
+from antiphon.errors import ConfigError
+from antiphon.workers.kv_cache import KVLayout
+
+# On a CPU several workers and Ray share one memory, so a worker takes a modest part of what is
+# free; on a GPU it owns the device, and leaves room for activations.
+_CPU_SHARE = 0.05
+_CPU_MAX_BYTES = 512 * 2**20
+_GPU_SHARE = 0.85
+
+
+def num_kv_blocks(
+    layout: KVLayout, engine: EngineConfig, device: torch.device, max_context_tokens: int
+) -> int:
+    """Divide the memory for KV, set or derived, into blocks.
+
+    Raises:
+        ConfigError: Not even a handful of tokens fit; names what is needed.
+    """
+    block_bytes = layout.num_bytes_per_token * engine.block_size
+    if engine.kv_cache_bytes is not None:
+        total = int(engine.kv_cache_bytes)
+    else:
+        total = _derived_bytes(device)
+    num_blocks = total // block_bytes
+    if num_blocks < 2:
+        raise ConfigError(
+            f"engine.kv_cache_bytes: {total} bytes hold {num_blocks} blocks of {engine.block_size} "
+            f"tokens; this model needs {layout.num_bytes_per_token} bytes per token and "
+            f"{layout.num_bytes_per_token * max_context_tokens} for one full context"
+        )
+    return num_blocks
+
+
+def _derived_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _GPU_SHARE)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(available * _CPU_SHARE, _CPU_MAX_BYTES))

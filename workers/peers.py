@@ -1,0 +1,65 @@
+"""A decode worker's sessions with prefill workers, opened on first use and shared."""
+
+import asyncio
+from collections.abc import Callable
+
+from antiphon.errors import LinkBrokenError
+from antiphon.messages import PrefillPeer, WorkerMessage
+from antiphon.workers.session import ClientSession
+
+
+class Peers:
+    """Caches one session per prefill incarnation."""
+
+    def __init__(self, client_id: str) -> None:
+        self._client_id = client_id
+        self._sessions: dict[str, asyncio.Task[ClientSession]] = {}
+
+    async def get(
+        self,
+        peer: PrefillPeer,
+        on_message: Callable[[WorkerMessage], None],
+        on_lost: Callable[[ClientSession], None],
+    ) -> ClientSession:
+        """Return the open session with a peer, or open one.
+
+        Raises:
+            LinkBrokenError: The peer cannot be reached, or another incarnation lives there now.
+        """
+        task = self._sessions.get(peer.incarnation)
+        if task is None:
+            task = asyncio.create_task(self._open(peer, on_message, on_lost))
+            self._sessions[peer.incarnation] = task
+        try:
+            # Shielded: one request's abort must not take the connection from the others.
+            return await asyncio.shield(task)
+        except LinkBrokenError:
+            self._sessions.pop(peer.incarnation, None)
+            raise
+
+    async def close(self) -> None:
+        """Close every session."""
+        for task in tuple(self._sessions.values()):
+            if task.done() and not task.cancelled() and task.exception() is None:
+                await task.result().close()
+            else:
+                task.cancel()
+        self._sessions.clear()
+
+    async def _open(
+        self,
+        peer: PrefillPeer,
+        on_message: Callable[[WorkerMessage], None],
+        on_lost: Callable[[ClientSession], None],
+    ) -> ClientSession:
+        session = await ClientSession.connect(peer.url, self._client_id)
+        if session.card.incarnation != peer.incarnation:
+            await session.close()
+            raise LinkBrokenError(f"another incarnation of the prefill worker is at {peer.url} now")
+
+        def on_closed() -> None:
+            self._sessions.pop(peer.incarnation, None)
+            on_lost(session)
+
+        session.start(on_message, on_closed)
+        return session

@@ -1,0 +1,118 @@
+"""The prefill side of a hand-off: compute a prompt's KV and push it while it grows.
+
+    Prefill -> open transfer, queue request -> push after every chunk -> finish -> PrefillDone
+                     |                                                       |
+                     +----- abort, step failure, link failure -> blocks return, Refused
+
+The blocks of a request stay with it until the sender reports the transfer's end, because until then
+it may still read them. The sender reports every opened transfer's end exactly once.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from antiphon.errors import AntiphonError
+from antiphon.messages import Prefill, PrefillDone, Refused
+from antiphon.workers.engine import Engine
+from antiphon.workers.handoff.sender import HandoffSender
+from antiphon.workers.request import Request, RequestStatus
+from antiphon.workers.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    session: Session
+    message: Prefill
+    submitted_at: float
+    num_pushed_tokens: int  # engine thread only
+    num_cached_tokens: int = 0
+    is_refused: bool = False
+
+
+class PrefillService:
+    """Answers ``Prefill`` messages."""
+
+    def __init__(
+        self, engine: Engine, sender: HandoffSender, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._engine = engine
+        self._sender = sender
+        self._loop = loop
+        self._jobs: dict[str, _Job] = {}
+
+    @property
+    def num_jobs(self) -> int:
+        """Transfers that have not ended."""
+        return len(self._jobs)
+
+    def start(self, session: Session, message: Prefill) -> None:
+        """Queue a prompt; on the event loop."""
+        job = _Job(session, message, time.monotonic(), message.first_token)
+        num_tokens = len(message.prompt_token_ids)
+        if not 0 <= message.first_token < num_tokens:
+            reason = f"first_token {message.first_token} is outside the {num_tokens} tokens"
+            session.send(Refused(message.request_id, "invalid", reason))
+            return
+        try:
+            self._sender.open(message.transfer_id, message.link, message.first_token)
+        except AntiphonError as error:
+            session.send(Refused(message.request_id, "busy", str(error)))
+            return
+        self._jobs[message.transfer_id] = job
+        session.request_ids.add(message.transfer_id)
+        self._engine.add(Request(message.transfer_id, message.prompt_token_ids, sampling=None))
+
+    def abort(self, transfer_id: str, reason: str) -> None:
+        """Stop computing and sending; blocks return when the sender lets go of them."""
+        if transfer_id in self._jobs:
+            # In this order: the end of the transfer, which frees the blocks, must find them marked.
+            self._engine.abort(transfer_id, keep_blocks=True)
+            self._sender.abort(transfer_id, reason)
+
+    def on_progress(self, request: Request) -> None:
+        """More of the prompt has KV; on the engine thread."""
+        job = self._jobs.get(request.request_id)
+        if job is None:
+            return
+        job.num_cached_tokens = request.num_cached_tokens
+        start, end = job.num_pushed_tokens, request.num_computed_tokens
+        if end > start:
+            self._sender.push(request.request_id, list(request.block_table), start, end)
+            job.num_pushed_tokens = end
+        if request.status is RequestStatus.SENDING:
+            self._sender.finish(request.request_id)
+
+    def on_refused(self, transfer_id: str, error: Exception) -> None:
+        """The engine could not take or compute a prompt; on the event loop."""
+        job = self._jobs.get(transfer_id)
+        if job is not None:
+            job.is_refused = True
+            job.session.send(Refused(job.message.request_id, "busy", str(error)))
+            self._sender.abort(transfer_id, "refused")
+
+    def on_transfer_ended(
+        self, transfer_id: str, error: Exception | None, num_bytes: int, seconds: float
+    ) -> None:
+        """Nothing reads the request's blocks any more; on a link's thread."""
+        self._engine.abort(transfer_id)
+        self._loop.call_soon_threadsafe(self._reply, transfer_id, error, num_bytes, seconds)
+
+    def _reply(
+        self, transfer_id: str, error: Exception | None, num_bytes: int, seconds: float
+    ) -> None:
+        job = self._jobs.pop(transfer_id, None)
+        if job is None:
+            return
+        job.session.request_ids.discard(transfer_id)
+        request_id = job.message.request_id
+        if error is None:
+            elapsed = time.monotonic() - job.submitted_at
+            done = PrefillDone(request_id, job.num_cached_tokens, num_bytes, elapsed, seconds)
+            job.session.send(done)
+        elif not job.is_refused:
+            logger.warning("transfer %s failed: %s", transfer_id, error)
+            job.session.send(Refused(request_id, "failed", str(error)))

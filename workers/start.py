@@ -1,0 +1,199 @@
+"""Builds a worker from its configuration: model, cache, engine, links, session server."""
+
+import asyncio
+import logging
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
+from antiphon.errors import ConfigError
+from antiphon.messages import Role, WorkerCard
+from antiphon.metrics import Metrics
+from antiphon.workers.engine import Engine
+from antiphon.workers.generate_service import GenerateService
+from antiphon.workers.handoff.endpoint import Endpoint
+from antiphon.workers.handoff.gloo import GlooTransport
+from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
+from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
+from antiphon.workers.handoff.transport import Transport
+from antiphon.workers.handoff.wire import WireFormat
+from antiphon.workers.kv_cache import KVCache
+from antiphon.workers.memory_plan import num_kv_blocks
+from antiphon.workers.model_runner import ModelRunner
+from antiphon.workers.model_source import fingerprint
+from antiphon.workers.paged_model import PagedModel, load_model
+from antiphon.workers.peers import Peers
+from antiphon.workers.prefill_service import PrefillService
+from antiphon.workers.scheduler import SchedulerConfig
+from antiphon.workers.session import SessionServer
+from antiphon.workers.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What one worker needs to know to start."""
+
+    role: Role
+    replica_id: str
+    host: str  # the address that other nodes reach this one at
+    model_folder: Path
+    model: ModelConfig
+    engine: EngineConfig
+    handoff: HandoffConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to run, and what it may hold."""
+
+    model: PagedModel
+    cache: KVCache
+    fingerprint: str
+    max_context_tokens: int
+
+
+async def start_worker(settings: WorkerSettings) -> Worker:
+    """Load the model and start serving sessions.
+
+    Raises:
+        ConfigError: Model or settings cannot be used; says what to change.
+    """
+    loaded = await asyncio.to_thread(load, settings)
+    transport = GlooTransport(settings.host)
+    return await run_worker(settings, loaded, transport)
+
+
+def load(settings: WorkerSettings) -> Loaded:
+    """Load weights, check the family, and allocate the KV cache; takes seconds, blocks."""
+    started_at = time.monotonic()
+    engine = settings.engine
+    torch.set_num_threads(engine.num_threads)
+    device = torch.device(_device_name(engine))
+    model = load_model(settings.model_folder, _dtype(settings.model, device), device)
+    limit = settings.model.max_context_tokens or model.max_context_tokens
+    if limit > model.max_context_tokens:
+        raise ConfigError(
+            f"model.max_context_tokens: got {limit}; the model's own limit is "
+            f"{model.max_context_tokens}"
+        )
+    num_blocks = num_kv_blocks(model.layout, engine, device, limit)
+    # A request must always fit alone, or it could never finish.
+    max_context_tokens = min(limit, num_blocks * engine.block_size)
+    if max_context_tokens < limit:
+        logger.warning(
+            "context is %d of %d tokens: engine.kv_cache_bytes holds no more",
+            max_context_tokens, limit,
+        )  # fmt: skip
+    cache = KVCache(model.layout, num_blocks, engine.block_size, device)
+    logger.info("loaded %s in %.1f s", settings.model_folder, time.monotonic() - started_at)
+    return Loaded(model, cache, fingerprint(settings.model_folder), max_context_tokens)
+
+
+async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transport) -> Worker:
+    """Serve sessions with a loaded model."""
+    metrics = Metrics(settings.role.value)
+    server = SessionServer(metrics.render)
+    card = _card(settings, loaded, await server.listen(settings.host))
+    worker = Worker(card, server, metrics)
+    engine = Engine(ModelRunner(loaded.model, loaded.cache), _scheduler_config(settings), worker)
+    endpoint = Endpoint(transport, loaded.cache, card.incarnation, _wire_format(loaded))
+    if settings.role is Role.PREFILL:
+        _run_prefill(worker, engine, endpoint, settings.handoff)
+    else:
+        _run_generate(worker, engine, endpoint, settings.handoff)
+    kv_gib = card.num_blocks * card.block_size * card.kv_bytes_per_token / 2**30
+    logger.info(
+        "%s worker ready at %s: KV cache of %d blocks of %d tokens (%.2f GiB), context %d",
+        card.role, card.url, card.num_blocks, card.block_size, kv_gib, card.max_context_tokens,
+    )  # fmt: skip
+    return worker
+
+
+def _run_prefill(
+    worker: Worker, engine: Engine, endpoint: Endpoint, handoff: HandoffConfig
+) -> None:
+    limits = SenderLimits(max_links=handoff.max_links)
+    service: PrefillService
+
+    def on_done(transfer_id: str, error: Exception | None, size: int, seconds: float) -> None:
+        service.on_transfer_ended(transfer_id, error, size, seconds)
+
+    sender = HandoffSender(endpoint, limits, on_done)
+    service = PrefillService(engine, sender, asyncio.get_running_loop())
+    worker.run(engine, service, [sender.close])
+
+
+def _run_generate(
+    worker: Worker, engine: Engine, endpoint: Endpoint, handoff: HandoffConfig
+) -> None:
+    limits = ReceiverLimits(
+        timeout_seconds=handoff.timeout_seconds,
+        max_links=handoff.max_links,
+        max_pending=handoff.max_pending,
+    )
+    service: GenerateService
+
+    def on_done(transfer_id: str, num_tokens: int, error: Exception | None) -> None:
+        service.on_transfer_ended(transfer_id, num_tokens, error)
+
+    receiver = HandoffReceiver(endpoint, limits, on_done)
+    peers = Peers(worker.card.incarnation)
+    service = GenerateService(
+        engine, receiver, peers, worker.metrics, worker.card.max_context_tokens
+    )
+    worker.run(engine, service, [peers.close, receiver.close])
+
+
+def _card(settings: WorkerSettings, loaded: Loaded, port: int) -> WorkerCard:
+    return WorkerCard(
+        replica_id=settings.replica_id,
+        incarnation=uuid.uuid4().hex,
+        role=settings.role,
+        url=f"ws://{settings.host}:{port}/session",
+        model_fingerprint=loaded.fingerprint,
+        block_size=loaded.cache.block_size,
+        num_blocks=loaded.cache.num_blocks,
+        max_context_tokens=loaded.max_context_tokens,
+        kv_bytes_per_token=loaded.cache.num_bytes_per_token,
+        pid=os.getpid(),
+        node=settings.host,
+    )
+
+
+def _wire_format(loaded: Loaded) -> WireFormat:
+    layout = loaded.model.layout
+    layers = tuple((x.num_kv_heads, x.k_head_dim, x.v_head_dim) for x in layout.layers)
+    return WireFormat(loaded.fingerprint, layers, str(layout.dtype).removeprefix("torch."))
+
+
+def _scheduler_config(settings: WorkerSettings) -> SchedulerConfig:
+    engine = settings.engine
+    return SchedulerConfig(
+        max_batch_tokens=engine.max_batch_tokens,
+        max_num_requests=engine.max_num_requests,
+        max_waiting_requests=engine.max_waiting_requests,
+        max_awaiting_kv=settings.handoff.max_pending,
+        prefix_cache=engine.prefix_cache,
+    )
+
+
+def _device_name(engine: EngineConfig) -> str:
+    has_gpu = torch.cuda.is_available()
+    if engine.device == "cuda" and not has_gpu:
+        raise ConfigError("engine.device: got 'cuda', but this worker sees no GPU; set num_gpus: 1")
+    return "cuda" if has_gpu and engine.device != "cpu" else "cpu"
+
+
+def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype | None:
+    if model.dtype == "auto":
+        # Without AVX-512 or AMX, half precision matrix products are ten times slower on a CPU.
+        return torch.float32 if device.type == "cpu" else None
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    return dtype
