@@ -11,6 +11,9 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping
+from typing import Any
+
+import msgspec
 
 from antiphon.config import RouterConfig
 from antiphon.deployment.worker_connection import WorkerConnection
@@ -72,6 +75,15 @@ class ClusterBackend:
         if missing:
             return False, f"no {' or '.join(missing)} worker is connected"
         return True, f"{len(self._connections)} workers are connected"
+
+    def describe_workers(self) -> list[dict[str, Any]]:
+        """Who is connected, where it runs and how busy it is."""
+        described = []
+        for connection in self._connections.values():
+            view = self._view.get(connection.card.incarnation)
+            load = msgspec.to_builtins(view.load) if view is not None else None
+            described.append({**msgspec.to_builtins(connection.card), "load": load})
+        return sorted(described, key=lambda worker: (worker["role"], worker["replica_id"]))
 
     def set_workers(self, role: Role, cards: Mapping[str, WorkerCard]) -> None:
         """Take in the running workers of one pool; on the event loop."""

@@ -1,4 +1,7 @@
-"""One ingress process: tokenizer, backend and HTTP application, joined."""
+"""One ingress process: tokenizer, backend and HTTP application, joined.
+
+Beside OpenAI's routes it answers ``/metrics`` for Prometheus and ``/workers``: what runs where.
+"""
 
 import asyncio
 import contextlib
@@ -37,6 +40,10 @@ def build_ingress(config: AntiphonConfig, pools: Mapping[str, DeploymentHandle[A
     @app.get("/metrics", include_in_schema=False)
     async def serve_metrics() -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/workers", include_in_schema=False)
+    async def list_workers() -> list[dict[str, Any]]:
+        return backend.describe_workers()
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -83,6 +83,7 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
         num_cpus = max(os.cpu_count() or 1, int(-(-needed // 1)))
         typer.echo(f"starting Ray with {num_cpus} CPUs")
         ray.init(
+            address="local",  # not one that happens to run here
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,
@@ -152,9 +153,15 @@ def _print_ready(config: AntiphonConfig, seconds: float) -> None:
     }
     typer.secho(f"\nready after {seconds:.1f} s: {base}/v1", fg="green", bold=True)
     typer.echo(f"  model    {config.model.name}")
-    for role, pool in config.pools.items():
-        device = f"{pool.num_gpus:g} GPU" if pool.num_gpus else f"{pool.num_cpus:g} CPU"
-        typer.echo(f"  {role:<9}{pool.replicas} worker{'s'[: pool.replicas != 1]}, {device} each")
+    with urllib.request.urlopen(f"{base}/workers", timeout=5) as answer:
+        workers = json.load(answer)
+    for worker in workers:
+        num_tokens = worker["num_blocks"] * worker["block_size"]
+        kv_gib = num_tokens * worker["kv_bytes_per_token"] / 2**30
+        typer.echo(
+            f"  {worker['role']:<9}on {worker['node']}, process {worker['pid']}, "
+            f"KV cache of {num_tokens} tokens ({kv_gib:.2f} GiB)"
+        )
     typer.echo(f"  ingress  {config.http.ingress_replicas} process, metrics at {base}/metrics")
     typer.echo("\ntry it:\n")
     typer.echo(

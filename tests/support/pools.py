@@ -82,9 +82,15 @@ class Client:
         client.session.start(client._on_message, lambda: None)
         return client
 
-    def submit(self, prompt: list[int], max_tokens: int, prefill: PrefillPeer | None = None) -> str:
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        prefill: PrefillPeer | None = None,
+        eos: tuple[int, ...] = (),
+    ) -> str:
         request_id = uuid.uuid4().hex
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
+        sampling = SamplingParams(max_tokens, temperature=0, stop_token_ids=eos)
         self.session.send(Submit(request_id, prompt, sampling, prefill))
         return request_id
 

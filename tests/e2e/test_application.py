@@ -1,0 +1,252 @@
+"""The real application, started as a user starts it and called with the official client."""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import openai
+import pytest
+from processes import Product, wait_for
+from real_model import MAX_TOKENS, assert_equal_tokens, prompts
+
+from antiphon.config import DEFAULT_MODEL
+from antiphon.workers.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.e2e
+LONG_PROMPT = "The quick brown fox jumps over the lazy dog again and again. " * 12
+
+
+@pytest.fixture
+def client(product: Product) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{product.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def is_idle(product: Product) -> bool:
+    """No request anywhere, and every KV block is free or evictable."""
+    return all(
+        worker["load"] is not None
+        and worker["load"]["num_running"] == 0
+        and worker["load"]["num_waiting"] == 0
+        and worker["load"]["num_free_blocks"] == worker["num_blocks"]
+        for worker in product.get("/workers")
+    )
+
+
+def complete(client: openai.OpenAI, prompt: str, max_tokens: int = 8) -> str:
+    answer = client.completions.create(
+        model=DEFAULT_MODEL, prompt=prompt, max_tokens=max_tokens, temperature=0
+    )
+    return answer.choices[0].text
+
+
+def test_says_what_runs_where_and_a_curl_line_that_works(product: Product) -> None:
+    wait_for(lambda: "Ctrl-C stops it." in product.log.read_text(), 10)
+    log = product.log.read_text()
+    assert f"{product.url}/v1" in log
+    assert re.search(r"prefill +on .*, process \d+, KV cache of \d+ tokens", log)
+    assert re.search(r"decode +on .*, process \d+, KV cache of \d+ tokens", log)
+    line = next(line for line in log.splitlines() if line.startswith("curl "))
+    answer = subprocess.run(["bash", "-c", line], capture_output=True, timeout=60, check=True)
+    assert answer.stdout.decode().strip().endswith("data: [DONE]")
+
+
+def test_greedy_answers_equal_generate_at_concurrency_8(
+    product: Product, smollm2_path: Path
+) -> None:
+    """Token for token: the text is compared, and tokens are compared where texts could hide them."""
+    tokenizer = Tokenizer(smollm2_path)
+    remote_before = product.metric(
+        "antiphon_engine_time_to_first_token_seconds_count", path="remote"
+    )
+
+    async def ask() -> list[tuple[str, int]]:
+        slots = asyncio.Semaphore(8)
+        async with openai.AsyncOpenAI(base_url=f"{product.url}/v1", api_key="none") as client:
+
+            async def one(prompt: str) -> tuple[str, int]:
+                async with slots:
+                    stream = await client.completions.create(
+                        model=DEFAULT_MODEL,
+                        prompt=tokenizer.encode(prompt),
+                        max_tokens=MAX_TOKENS,
+                        temperature=0,
+                        stream=True,
+                        stream_options={"include_usage": True},
+                    )
+                    text, num_tokens = "", 0
+                    async for chunk in stream:
+                        text += chunk.choices[0].text if chunk.choices else ""
+                        num_tokens = chunk.usage.completion_tokens if chunk.usage else num_tokens
+                    return text, num_tokens
+
+            return list(await asyncio.gather(*(one(prompt) for prompt in prompts())))
+
+    for prompt, (text, num_tokens) in zip(prompts(), asyncio.run(ask()), strict=True):
+        assert_same_text(smollm2_path, tokenizer, prompt, text, num_tokens)
+    remote = product.metric("antiphon_engine_time_to_first_token_seconds_count", path="remote")
+    assert remote > remote_before, "nothing crossed the two pools"
+    assert product.metric("antiphon_engine_time_to_first_token_seconds_count", path="fallback") == 0
+
+
+def assert_same_text(
+    folder: Path, tokenizer: Tokenizer, prompt: str, text: str, num_tokens: int
+) -> None:
+    from real_model import oracle
+
+    expected = oracle(folder, tuple(tokenizer.encode(prompt)))
+    if tokenizer.decode(expected) == text:
+        assert num_tokens == len(expected)
+        return
+    # Only a near-tie of fp32 may differ, which is judged on tokens.
+    assert_equal_tokens(folder, tokenizer.encode(prompt), tokenizer.encode(text))
+
+
+def test_chat_with_usage_stop_and_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [DEFAULT_MODEL]
+    answer = client.chat.completions.create(
+        model=DEFAULT_MODEL,
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        temperature=0,
+        max_tokens=40,
+        stop=["Paris"],
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert "Paris" not in (answer.choices[0].message.content or "")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_seeded_sampling_repeats_and_differs_by_seed(client: openai.OpenAI) -> None:
+    def draw(seed: int) -> str:
+        answer = client.completions.create(
+            model=DEFAULT_MODEL,
+            prompt="Once upon a time",
+            max_tokens=12,
+            seed=seed,
+            top_p=0.95,
+            extra_body={"top_k": 50},
+        )
+        return answer.choices[0].text
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+def test_errors_name_what_is_wrong(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="gpt-9"):
+        client.completions.create(model="gpt-9", prompt="x")
+    with pytest.raises(openai.BadRequestError, match=r"9001 tokens.*8192 tokens"):
+        client.completions.create(model=DEFAULT_MODEL, prompt=[5] * 9001)
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model=DEFAULT_MODEL, prompt="x", temperature=7)
+    assert raised.value.param == "temperature"
+
+
+def test_a_repeated_prompt_is_cached(client: openai.OpenAI) -> None:
+    prompt = "A prompt that nobody else sends, repeated. " * 12
+    complete(client, prompt)
+    answer = client.completions.create(
+        model=DEFAULT_MODEL, prompt=prompt, max_tokens=2, temperature=0
+    )
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) > 64
+
+
+@pytest.mark.parametrize("after_tokens", [0, 3])
+def test_a_client_that_leaves_frees_both_pools_within_a_second(
+    product: Product, client: openai.OpenAI, after_tokens: int
+) -> None:
+    wait_for(lambda: is_idle(product), 20)
+    prompt = f"{after_tokens} {LONG_PROMPT * (8 if after_tokens == 0 else 1)}"
+    if after_tokens:
+        stream = client.completions.create(
+            model=DEFAULT_MODEL, prompt=prompt, max_tokens=2000, stream=True, temperature=0
+        )
+        for _ in range(after_tokens):
+            next(stream)
+        assert not is_idle(product)
+        stream.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=1.0).completions.create(
+                model=DEFAULT_MODEL, prompt=prompt, max_tokens=2000, temperature=0
+            )
+    # The step in progress ends first, which is long for a prompt on a slow core: 512 tokens.
+    assert wait_for(lambda: is_idle(product), 20) < (1.0 if after_tokens else 10.0)
+
+
+def test_killed_prefill_worker_costs_no_answer_and_comes_back(
+    product: Product, client: openai.OpenAI
+) -> None:
+    expected = complete(client, f"Kill. {LONG_PROMPT}")
+    (victim,) = product.workers("prefill")
+    os.kill(victim["pid"], signal.SIGKILL)
+    # The prompt differs in its first token, so that nothing of it is cached.
+    assert complete(client, f"Dead. {LONG_PROMPT}")
+    assert complete(client, f"Kill. {LONG_PROMPT}") == expected
+
+    def is_back() -> bool:
+        workers = product.workers("prefill")
+        return bool(workers) and workers[0]["incarnation"] != victim["incarnation"]
+
+    wait_for(is_back, 60)
+    name = "antiphon_engine_time_to_first_token_seconds_count"
+    before = product.metric(name, path="remote")
+    assert complete(client, f"Back. {LONG_PROMPT}")
+    assert product.metric(name, path="remote") == before + 1
+
+
+def test_killed_prefill_worker_in_mid_transfer_gives_the_right_answer(
+    product: Product, client: openai.OpenAI, smollm2_path: Path
+) -> None:
+    wait_for(lambda: bool(product.workers("prefill")), 60)
+    tokenizer = Tokenizer(smollm2_path)
+    prompt = f"Mid. {LONG_PROMPT * 4}"
+    name = "antiphon_engine_time_to_first_token_seconds_count"
+    before = product.metric(name, path="fallback")
+    (victim,) = product.workers("prefill")
+
+    async def ask() -> str:
+        async with openai.AsyncOpenAI(base_url=f"{product.url}/v1", api_key="none") as asking:
+            answer = asyncio.create_task(
+                asking.completions.create(
+                    model=DEFAULT_MODEL, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0
+                )
+            )
+            await asyncio.to_thread(wait_for, lambda: not is_idle(product), 20)
+            os.kill(victim["pid"], signal.SIGKILL)
+            return (await answer).choices[0].text
+
+    text = asyncio.run(ask())
+    token_ids = tokenizer.encode(prompt)
+    assert_same_text(smollm2_path, tokenizer, prompt, text, len(tokenizer.encode(text)))
+    assert len(token_ids) > 512, "the prompt is meant to take several steps"
+    assert product.metric(name, path="fallback") == before + 1
+
+
+def test_killed_decode_worker_is_an_honest_error_and_comes_back(
+    product: Product, client: openai.OpenAI
+) -> None:
+    stream = client.completions.create(
+        model=DEFAULT_MODEL, prompt="Count: 1 2 3", max_tokens=2000, stream=True, temperature=0
+    )
+    next(stream)
+    (victim,) = product.workers("decode")
+    os.kill(victim["pid"], signal.SIGKILL)
+    with pytest.raises(openai.APIError):
+        for _ in stream:
+            pass
+
+    def is_back() -> bool:
+        try:
+            return bool(complete(client, "Back?", 2))
+        except openai.InternalServerError as error:
+            assert error.status_code == 503
+            assert error.response.headers["retry-after"]
+            return False
+
+    wait_for(is_back, 60)
