@@ -119,8 +119,11 @@ def app(args: AppArguments) -> serve.Application:
 
 
 def configure_logging() -> None:
-    """Let this package's log reach the replica's log at level INFO."""
-    logging.getLogger("antiphon").setLevel(logging.INFO)
+    """Let this package's log reach the replica's log file, which Serve keeps for its own logger."""
+    ours = logging.getLogger("antiphon")
+    ours.setLevel(logging.INFO)
+    ours.handlers = list(logging.getLogger("ray.serve").handlers)
+    ours.propagate = False
 
 
 def _pool_deployment(role: str, pool: PoolConfig) -> serve.Deployment:

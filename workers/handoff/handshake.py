@@ -6,9 +6,11 @@
 Both ends compare; both refuse with the same words, so the operator finds the reason in either log.
 """
 
+import contextlib
+
 import torch
 
-from antiphon.errors import SegmentRejectedError
+from antiphon.errors import LayoutMismatchError, LinkBrokenError, SegmentRejectedError
 from antiphon.workers.handoff.segment import (
     HEADER_BYTES,
     Epochs,
@@ -41,7 +43,16 @@ def answer(link: Link, wire: WireFormat, epochs: Epochs, timeout_seconds: float)
     """Do the receiver's part; raises as ``greet`` does, after the sender was told."""
     greeting = _hear(link, epochs, timeout_seconds)
     _say(link, wire, epochs, timeout_seconds)
-    wire.check_peer(greeting, "the sender")
+    try:
+        wire.check_peer(greeting, "the sender")
+    except LayoutMismatchError:
+        _wait_for_hangup(link, timeout_seconds)  # closing now could overtake the answer
+        raise
+
+
+def _wait_for_hangup(link: Link, timeout_seconds: float) -> None:
+    with contextlib.suppress(LinkBrokenError):
+        link.recv(torch.empty(1, dtype=torch.uint8), timeout_seconds)
 
 
 def _say(link: Link, wire: WireFormat, epochs: Epochs, timeout_seconds: float) -> None:

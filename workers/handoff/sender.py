@@ -28,7 +28,7 @@ class SenderLimits:
 
     timeout_seconds: float = 10.0  # to connect; for the receiver to take a segment
     max_links: int = 64
-    segment_bytes: int = 4 << 20  # larger pushes are split; also the staging memory per link
+    segment_bytes: int = 8 << 20  # larger pushes are split; also the staging memory per link
 
 
 class HandoffSender:

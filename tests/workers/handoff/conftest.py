@@ -1,0 +1,61 @@
+"""Pairs of a sender and a receiver, closed and checked for leaks after each test."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from handoff_pair import Pair, handoff_threads
+
+from antiphon.workers.handoff.gloo import GlooTransport
+from antiphon.workers.handoff.memory import FaultPlan, MemoryNetwork, MemoryTransport
+from antiphon.workers.handoff.transport import Transport
+
+MakePair = Callable[..., Pair]
+TwoTransports = tuple[Transport, Transport]
+
+
+def _memory(plan: FaultPlan | None = None) -> TwoTransports:
+    network = MemoryNetwork()
+    return MemoryTransport(network, "sender:0", plan), MemoryTransport(network, "receiver:0")
+
+
+def _gloo() -> TwoTransports:
+    return GlooTransport("127.0.0.1"), GlooTransport("127.0.0.1")
+
+
+@pytest.fixture(params=[_gloo, _memory], ids=["gloo", "memory"])
+def transports(request: pytest.FixtureRequest) -> Iterator[TwoTransports]:
+    """(connecting, accepting)."""
+    both = request.param()
+    yield both
+    for transport in both:
+        transport.close()
+
+
+@pytest.fixture
+def make_memory_pair() -> Iterator[MakePair]:
+    """Build a pair over memory links with faults; see ``Pair`` for the rest."""
+    pairs: list[Pair] = []
+
+    def make(plan: FaultPlan | None = None, **options: Any) -> Pair:
+        pairs.append(Pair(*_memory(plan), **options))
+        return pairs[-1]
+
+    yield make
+    _close(pairs)
+
+
+@pytest.fixture
+def pair(transports: TwoTransports) -> Iterator[Pair]:
+    """A healthy pair over each kind of transport."""
+    pairs = [Pair(*transports)]
+    yield pairs[0]
+    _close(pairs)
+
+
+def _close(pairs: list[Pair]) -> None:
+    for pair in pairs:
+        pair.close()
+    assert handoff_threads() == []
+    for pair in pairs:
+        assert pair.target.violations == []
