@@ -141,5 +141,6 @@ def _pool_deployment(role: str, pool: PoolConfig) -> serve.Deployment:
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
         graceful_shutdown_timeout_s=_GRACE_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=1,  # what fails is the configuration or the model: say so at once
     )
     return make_pool(WorkerReplica)

@@ -88,10 +88,10 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_model(family: str, seed: int = 0) -> Any:
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """A random fp32 model whose logits are spread enough for greedy decoding to have no ties."""
     torch.manual_seed(seed)
-    options = {**_COMMON, **(FAMILIES | REFUSED)[family]}
+    options = {**_COMMON, **(FAMILIES | REFUSED)[family], **changes}
     config = AutoConfig.for_model(family, **options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # as initialised, most families repeat one token for ever
