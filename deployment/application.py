@@ -1,7 +1,7 @@
 """The Serve application: an ingress over pools of workers.
 
-    serve run antiphon.deployment.application:app model=/models/mine
-    serve deploy config.yaml            (import_path: antiphon.deployment.application:app)
+    serve run config.yaml       (import_path: antiphon.deployment.application:app, args: ...)
+    serve deploy config.yaml
 
 Serve owns the replicas: placement, health, restarts, scaling, updates. It does not carry requests
 to the workers: an ingress finds them through ``record_replica_metadata`` and talks to them
@@ -141,6 +141,6 @@ def _pool_deployment(role: str, pool: PoolConfig) -> serve.Deployment:
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
         graceful_shutdown_timeout_s=_GRACE_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
-        max_constructor_retry_count=1,  # what fails is the configuration or the model: say so at once
+        max_constructor_retry_count=1,  # what fails is the model or its settings: say so at once
     )
     return make_pool(WorkerReplica)

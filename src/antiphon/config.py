@@ -53,8 +53,10 @@ class EngineConfig(_Section):
     kv_cache_bytes: Annotated[ByteSize, Field(gt=0)] | None = Field(
         None, description="Memory for KV, such as 2GiB; default: derived from what is free."
     )
-    max_batch_tokens: Annotated[int, Field(ge=1)] = Field(
-        512, description="Token budget of one step: decode steps first, prefill chunks in the rest."
+    max_batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Token budget of one step, prompts in what decode steps leave; "
+        "default: 256 on CPU, 2048 on GPU.",
     )
     max_num_requests: Annotated[int, Field(ge=1)] = Field(
         64, description="Requests that may run at once."
@@ -103,7 +105,7 @@ class RouterConfig(_Section):
         description="Prompts with at most this many uncached tokens are computed by decode.",
     )
     link_bytes_per_second: Annotated[float, Field(gt=0)] = Field(
-        1.5e9, description="Assumed rate of a link until transfers over it were measured."
+        1.5e9, description="Assumed rate of a link, to predict what a hand-off takes."
     )
 
 
@@ -114,7 +116,7 @@ class HttpConfig(_Section):
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port to listen on.")
     ingress_replicas: Annotated[int, Field(ge=1)] = Field(1, description="Ingress processes.")
     max_concurrent_requests: Annotated[int, Field(ge=1)] = Field(
-        512, description="Requests that one ingress serves at once; further ones get 503."
+        512, description="Choices one ingress generates at once; above that: 503."
     )
 
 

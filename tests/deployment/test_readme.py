@@ -1,0 +1,208 @@
+"""What the README says is what the program does: keys, commands, parameters, model families."""
+
+import ast
+import json
+import re
+import shlex
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+from pydantic import BaseModel
+from tiny_models import FAMILIES, REFUSED
+
+from antiphon.config import AntiphonConfig, PoolConfig, parse_config
+from antiphon.deployment.cli import app as antiphon_command
+from antiphon.deployment.openai_api import ChatCompletionRequest, CompletionRequest
+from antiphon.metrics import Metrics
+from antiphon.workers.engine import EngineStats
+from antiphon.workers.engine_metrics import EngineCollector
+
+with warnings.catch_warnings():
+    # Importing ray.serve uses pydantic in a way that pydantic deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.scripts import cli as serve_command
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready"}
+PATHS |= {"/metrics", "/workers"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def section(heading: str) -> str:
+    _, _, rest = README.partition(f"## {heading}\n")
+    assert rest, f"the README has no section {heading!r}"
+    return rest.partition("\n## ")[0]
+
+
+def commands() -> list[list[str]]:
+    found, pending = [], ""
+    for line in "\n".join(blocks("bash")).replace("\\\n", " ").splitlines():
+        pending += f"{line}\n"
+        try:
+            words = shlex.split(pending, comments=True)
+        except ValueError:
+            continue  # a quotation goes on in the next line
+        pending = ""
+        found += [words] if words else []
+    assert not pending, f"no end of quotation: {pending}"
+    return found
+
+
+# The table of the configuration.
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str | None]]:
+    """Every key with default and description; of a pool only ``replicas``, which differs."""
+    for name, field in model.model_fields.items():
+        default, kind = field.get_default(call_default_factory=True), field.annotation
+        if kind is PoolConfig:
+            text = PoolConfig.model_fields["replicas"].description
+            yield f"{name}.replicas", json.dumps(default.replicas), text
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", json.dumps(default), field.description
+
+
+def table() -> list[str]:
+    """The rows that the README should have."""
+    shared = [row for row in keys(PoolConfig, "<pool>.") if row[0] != "<pool>.replicas"]
+    rows = [*keys(AntiphonConfig), *shared]
+    return [f"| `{key}` | `{default}` | {text} |" for key, default, text in rows]
+
+
+def test_every_configuration_key_is_in_the_table_with_its_default():
+    written = re.findall(
+        r"^\| `[^`]*` \| `[^`]*` \| .* \|$", section("Configuration"), re.MULTILINE
+    )
+    assert sorted(written) == sorted(table()), "should be:\n" + "\n".join(table())
+
+
+def test_the_examples_of_configurations_are_valid():
+    documents = [yaml.safe_load(block) for block in blocks("yaml")]
+    kinds = {"applications" in document for document in documents}
+    assert kinds == {True, False}
+    for document in documents:
+        if "applications" in document:
+            for application in ServeDeploySchema.model_validate(document).applications:
+                check_import_path(application.import_path)
+                parse_config(application.args)
+        else:
+            parse_config(document)
+
+
+# Commands.
+
+
+def check_antiphon(words: list[str]) -> None:
+    group = typer.main.get_command(antiphon_command)
+    command = group.commands[words[0]]  # type: ignore[attr-defined]
+    command.make_context("antiphon", words[1:])  # raises on an unknown option or a wrong value
+
+
+def check_make(words: list[str]) -> None:
+    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    target, *variables = words
+    assert target in targets
+    for variable in variables:
+        name, _, value = variable.partition("=")
+        assert (target, name) == ("serve", "ARGS")
+        check_antiphon(["serve", *shlex.split(value)])
+
+
+def check_import_path(path: str) -> None:
+    module, _, name = path.partition(":")
+    assert callable(getattr(import_module(module), name))
+
+
+def check_serve(words: list[str]) -> None:
+    command = serve_command.commands[words[0]]
+    context = command.make_context("serve", words[1:])
+    target = context.params.get("config_or_import_path") or ""
+    if ":" in target:
+        check_import_path(target)
+
+
+def check_curl(words: list[str]) -> None:
+    (url,) = (word for word in words if word.startswith("http"))
+    path = re.sub(r"^http://[^/]*", "", url)
+    assert path in PATHS
+    bodies = [value for option, value in pairwise(words) if option == "-d"]
+    model = ChatCompletionRequest if "chat" in path else CompletionRequest
+    for body in bodies:
+        model.model_validate_json(body)
+
+
+CHECKS = {
+    "antiphon": check_antiphon,
+    "curl": check_curl,
+    "make": check_make,
+    "serve": check_serve,
+}
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_is_known(words):
+    CHECKS[Path(words[0]).name](words[1:])
+
+
+def test_the_two_commands_come_first():
+    assert [words[:2] for words in commands()[:2]] == [["make", "serve"], ["make", "test"]]
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_examples_are_python(block):
+    ast.parse(block)
+
+
+def test_every_option_of_serve_is_listed():
+    command = typer.main.get_command(antiphon_command).commands["serve"]  # type: ignore[attr-defined]
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert set(re.findall(r"^\| `(--[a-z-]+)", README, re.MULTILINE)) == options
+
+
+# The HTTP surface and the models.
+
+
+def test_every_served_parameter_is_listed():
+    served = set(ChatCompletionRequest.model_fields) | set(CompletionRequest.model_fields)
+    table = section("HTTP").partition("### Parameters")[2].partition("### ")[0]
+    listed = re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(served)
+
+
+def test_every_path_is_listed():
+    listed = set(re.findall(r"^\| `(?:GET|POST) (/[^`{]*?)/?(?:\{.*)?` \|", README, re.MULTILINE))
+    assert listed == PATHS
+
+
+def test_every_metric_is_listed():
+    metrics = Metrics("decode")
+    metrics.registry.register(EngineCollector("decode", EngineStats()))
+    names = {
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in metrics.registry.collect()
+    }
+    assert set(re.findall(r"^\| `(antiphon_\w+)`", README, re.MULTILINE)) == names
+
+
+def test_the_families_are_those_that_are_tested():
+    served, _, refused = section("Models").partition("Refused")
+    assert set(re.findall(r"`([a-z0-9_]+)`", served.partition("Families:")[2])) == set(FAMILIES)
+    assert set(re.findall(r"`([a-z0-9_]+)`", refused)) >= set(REFUSED)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,225 @@
+"""The configuration: defaults, pools, and errors that say which key, which value, what instead."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from antiphon.config import DEFAULT_MODEL, AntiphonConfig, load_config, parse_config, read_yaml
+from antiphon.deployment.cli import merge_options
+from antiphon.errors import ConfigError
+
+NO_POOLS = {"prefill": None, "decode": None, "colocated": None}
+
+
+def problems(data) -> list[str]:
+    """The lines of the error that a document causes, the first one naming its origin."""
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data, "pools.yaml")
+    return str(caught.value).splitlines()
+
+
+def replicas(config: AntiphonConfig) -> dict[str, int]:
+    return {role: pool.replicas for role, pool in config.pools.items()}
+
+
+def test_an_empty_document_is_one_prefill_and_one_decode_worker():
+    assert parse_config(None) == parse_config({}) == AntiphonConfig()
+    config = AntiphonConfig()
+    assert replicas(config) == {"prefill": 1, "decode": 1}
+    assert config.model.source == config.model.name == DEFAULT_MODEL
+
+
+def test_a_parsed_document_survives_json():
+    config = parse_config(
+        {"model": {"source": "org/m"}, "decode": {"engine": {"kv_cache_bytes": "2GiB"}}}
+    )
+    assert config.decode.engine.kv_cache_bytes == 2 * 2**30
+    assert parse_config(config.model_dump(mode="json")) == config
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        AntiphonConfig().http.port = 1
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("org/model", "model"), ("/models/mine/", "mine"), ("built-in", "built-in")],
+)
+def test_the_model_is_named_after_its_source(source, name):
+    assert parse_config({"model": {"source": source}}).model.name == name
+    named = {"model": {"source": source, "served_name": "other"}}
+    assert parse_config(named).model.name == "other"
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "meant"),
+    [
+        ({"prefil": {}}, "prefil", "prefill"),
+        ({"model": {"sorce": "x"}}, "model.sorce", "source"),
+        (
+            {"decode": {"engine": {"blocksize": 8}}},
+            "decode.engine.blocksize",
+            "block_size",
+        ),
+    ],
+)
+def test_an_unknown_key_is_an_error_with_a_suggestion(data, key, meant):
+    origin, line = problems(data)
+    assert origin == "pools.yaml:"
+    assert line.startswith(f"  {key}: unknown key; did you mean {meant!r}? allowed: ")
+    assert meant in line.partition("allowed: ")[2].split(", ")
+
+
+def test_a_key_like_no_other_lists_what_is_allowed():
+    _, line = problems({"router": {"zzz": 1}})
+    assert line == (
+        "  router.zzz: unknown key; allowed: link_bytes_per_second, local_prefill_max_tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "value", "allowed"),
+    [
+        ({"model": {"dtype": "int8"}}, "model.dtype", "'int8'", "'bfloat16'"),
+        ({"model": {"max_context_tokens": 1}}, "model.max_context_tokens", "1", "equal to 2"),
+        ({"http": {"port": 0}}, "http.port", "0", "greater than or equal to 1"),
+        ({"http": {"port": 65536}}, "http.port", "65536", "less than or equal to 65535"),
+        ({"prefill": {"replicas": -1}}, "prefill.replicas", "-1", "equal to 0"),
+        ({"prefill": {"num_gpus": "all"}}, "prefill.num_gpus", "'all'", "valid number"),
+        (
+            {"decode": {"engine": {"kv_cache_bytes": "lots"}}},
+            "decode.engine.kv_cache_bytes",
+            "'lots'",
+            "unit",
+        ),
+        (
+            {"decode": {"engine": {"kv_cache_bytes": 0}}},
+            "decode.engine.kv_cache_bytes",
+            "0",
+            "greater than 0",
+        ),
+        ({"handoff": {"transport": "pigeon"}}, "handoff.transport", "'pigeon'", "'gloo'"),
+        ({"model": "mine"}, "model", "'mine'", "valid dictionary"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_what_is_allowed(data, key, value, allowed):
+    _, line = problems(data)
+    assert line.startswith(f"  {key}: got {value}; ")
+    assert allowed in line
+
+
+def test_all_problems_are_named_at_once():
+    lines = problems({"http": {"port": "x", "hots": 1}, "model": {"dtype": 4}})
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "pools.yaml",
+        "model.dtype",
+        "http.port",
+        "http.hots",
+    ]
+
+
+def test_a_pool_that_is_named_has_a_worker():
+    assert replicas(parse_config({"colocated": {"num_gpus": 1}})) == {
+        "prefill": 1,
+        "decode": 1,
+        "colocated": 1,
+    }
+    assert replicas(parse_config({"prefill": {"replicas": 0}})) == {"decode": 1}
+
+
+def test_naming_a_pool_leaves_the_callers_document_alone():
+    data = {"colocated": {"num_gpus": 1}}
+    parse_config(data)
+    assert data == {"colocated": {"num_gpus": 1}}
+
+
+def test_somebody_must_decode():
+    _, line = problems({"decode": {"replicas": 0}})
+    assert "decode.replicas and colocated.replicas are both 0" in line
+    _, line = problems({"decode": {"replicas": 0}, "prefill": {"replicas": 3}, "colocated": {}})
+    assert "prefill.replicas is 3 but decode.replicas is 0" in line
+
+
+def test_files_are_read_and_named_in_errors(tmp_path: Path):
+    path = tmp_path / "pools.yaml"
+    path.write_text("prefill: {replicas: 3}\n")
+    assert replicas(load_config(path)) == {"prefill": 3, "decode": 1}
+    path.write_text("prefill: {replicas: many}\n")
+    with pytest.raises(ConfigError, match=r"pools\.yaml:\n  prefill\.replicas: got 'many'"):
+        load_config(path)
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing here\n")
+    assert load_config(path) == AntiphonConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"prefill: [", "is not valid YAML"),
+        (b"\xff\xfe\xfa", "is not valid YAML"),
+        (b"- prefill\n", "expected a mapping at the top, got list"),
+        (b"prefill\n", "expected a mapping at the top, got str"),
+    ],
+)
+def test_what_is_not_a_yaml_mapping_is_refused(tmp_path: Path, content, problem):
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        read_yaml(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_options_go_over_the_file(tmp_path: Path):
+    path = tmp_path / "pools.yaml"
+    path.write_text(
+        "model: {source: org/a, served_name: a}\n"
+        "decode: {replicas: 2, num_gpus: 1}\n"
+        "http: {port: 9000, host: 0.0.0.0}\n"
+    )
+    pools = {**NO_POOLS, "decode": 3}
+    config = merge_options(path, "org/b", pools, {"host": None, "port": 9001})
+    assert (config.model.source, config.model.name) == ("org/b", "a")
+    assert (config.decode.replicas, config.decode.num_gpus) == (3, 1)
+    assert (config.http.host, config.http.port) == ("0.0.0.0", 9001)
+
+
+def test_no_options_are_the_default():
+    assert merge_options(None, None, NO_POOLS, {"host": None, "port": None}) == AntiphonConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"prefill": 2}, {"prefill": 2, "decode": 1}),
+        ({"prefill": 0}, {"decode": 1}),
+        ({"colocated": 2}, {"colocated": 2}),
+        ({"colocated": 1, "decode": 1}, {"decode": 1, "colocated": 1}),
+        ({"colocated": 1, "prefill": 1, "decode": 2}, {"prefill": 1, "decode": 2, "colocated": 1}),
+        ({"colocated": 0}, {"prefill": 1, "decode": 1}),
+    ],
+)
+def test_colocated_workers_replace_the_default_pools_only(options, expected):
+    assert replicas(merge_options(None, None, {**NO_POOLS, **options}, {})) == expected
+
+
+def test_colocated_workers_join_the_pools_of_a_file(tmp_path: Path):
+    path = tmp_path / "pools.yaml"
+    path.write_text("prefill: {replicas: 2}\n")
+    config = merge_options(path, None, {**NO_POOLS, "colocated": 1}, {})
+    assert replicas(config) == {"prefill": 2, "decode": 1, "colocated": 1}
+
+
+def test_a_wrong_option_is_explained_like_a_key(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"command line:\n  http\.port: got 70000; "):
+        merge_options(None, None, NO_POOLS, {"port": 70000})
+    path = tmp_path / "pools.yaml"
+    path.write_text("http: 8000\n")
+    with pytest.raises(ConfigError, match=r"pools\.yaml:\n  http: got 8000; "):
+        merge_options(path, None, NO_POOLS, {"port": 9000})
