@@ -8,9 +8,11 @@ each attempt is counted. After the first token a lost worker is an error that th
 
 import asyncio
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 3
 _RECONNECT_SECONDS = (0.05, 2.0)  # first and longest pause
+_CLOSE_SECONDS = 5.0
 _UNLIMITED = 2**31
 
 
@@ -60,6 +63,7 @@ class ClusterBackend:
         self._policy = Policy(config)
         self._connections: dict[str, WorkerConnection] = {}
         self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
+        self._kept: set[str] = set()  # incarnations that a task holds a session with
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -69,12 +73,13 @@ class ClusterBackend:
         return min(limits, default=_UNLIMITED)
 
     def is_ready(self) -> tuple[bool, str]:
-        """Whether every pool that was configured has a connected worker."""
-        connected = {c.card.role for c in self._connections.values()}
-        missing = sorted(role.value for role in self._needed_roles - connected)
+        """Whether every pool that was configured has a worker to route to."""
+        views = (*self._view.prefill_workers, *self._view.decode_workers)
+        usable = [v.card for v in views if v.card.incarnation in self._listed]
+        missing = sorted(role.value for role in self._needed_roles - {c.role for c in usable})
         if missing:
             return False, f"no {' or '.join(missing)} worker is connected"
-        return True, f"{len(self._connections)} workers are connected"
+        return True, f"{len(usable)} workers are connected"
 
     def describe_workers(self) -> list[dict[str, Any]]:
         """Who is connected, where it runs and how busy it is."""
@@ -92,10 +97,11 @@ class ClusterBackend:
             if card.role is role and incarnation not in wanted:
                 # Route nothing more to it; requests that it still has may finish.
                 del self._listed[incarnation]
-                self._view.leave(incarnation)
         for incarnation, card in wanted.items():
-            if incarnation not in self._listed:
-                self._listed[incarnation] = card
+            self._listed[incarnation] = card
+            # A worker may be listed again while its session is still open: one is enough.
+            if incarnation not in self._kept:
+                self._kept.add(incarnation)
                 self._spawn(self._keep(card))
 
     async def generate(
@@ -108,16 +114,17 @@ class ClusterBackend:
         while True:
             try:
                 decision = self._policy.choose(
-                    self._view, prompt, time.monotonic(), frozenset(excluded)
+                    self._view, prompt, time.monotonic(), frozenset(excluded | self._leaving())
                 )
             except CapacityError as error:
                 raise refusal or error from None
             request = _submit(request_id, prompt_token_ids, sampling, decision)
             is_started = False
             try:
-                async for output in self._attempt(decision, request):
-                    is_started = True
-                    yield output
+                async with aclosing(self._attempt(decision, request)) as outputs:
+                    async for output in outputs:
+                        is_started = True
+                        yield output
                 return
             except (CapacityError, WorkerLostError) as error:
                 self._metrics.refused(type(error).__name__)
@@ -130,9 +137,16 @@ class ClusterBackend:
     async def close(self) -> None:
         """End all sessions."""
         self._listed.clear()
-        for task in tuple(self._tasks):
+        connections = tuple(self._connections.values())
+        for task in (tasks := tuple(self._tasks)):
             task.cancel()
-        await asyncio.gather(*(c.close() for c in tuple(self._connections.values())))
+        closing = [asyncio.create_task(connection.close()) for connection in connections]
+        if closing or tasks:
+            await asyncio.wait([*closing, *tasks], timeout=_CLOSE_SECONDS)
+
+    def _leaving(self) -> set[str]:
+        """Workers that have a session still, but that Serve lists no more."""
+        return self._connections.keys() - self._listed.keys()
 
     async def _attempt(
         self, decision: Decision, request: Submit
@@ -141,33 +155,40 @@ class ClusterBackend:
         if connection is None:
             raise WorkerLostError(f"the session with {decision.decode.replica_id} has just ended")
         self._policy.on_sent(self._view, decision)
-        outputs = connection.generate(request)
         is_first = True
         try:
-            async for output in outputs:
-                if is_first:
-                    self._policy.on_first_token(decision)
-                    is_first = False
-                if timing := output.timing:
-                    seconds = timing.prompt + timing.first_step
-                    self._metrics.first_token(timing.prefill_path, seconds)
-                yield output
+            # Closed at once, so that the worker is told when a client goes away.
+            async with aclosing(connection.generate(request)) as outputs:
+                async for output in outputs:
+                    if is_first:
+                        self._policy.on_first_token(decision)
+                        is_first = False
+                    if timing := output.timing:
+                        seconds = timing.prompt + timing.first_step
+                        self._metrics.first_token(timing.prefill_path, seconds)
+                    yield output
         finally:
             self._policy.on_finished(decision)
-            await outputs.aclose()  # at once, so that the worker is told when a client goes away
 
     async def _keep(self, card: WorkerCard) -> None:
         """Hold a session with one incarnation for as long as Serve lists it."""
         pause, longest = _RECONNECT_SECONDS
-        while self._listed.get(card.incarnation) is card:
-            try:
-                await self._hold_session(card)
-                pause = _RECONNECT_SECONDS[0]
-                logger.warning("lost the session with %s worker %s", card.role, card.url)
-            except AntiphonError as error:
-                logger.warning("cannot reach %s worker %s: %s", card.role, card.url, error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
+        try:
+            while card.incarnation in self._listed:
+                began_at = time.monotonic()
+                try:
+                    await self._hold_session(card)
+                    logger.warning("lost the session with %s worker %s", card.role, card.url)
+                except AntiphonError as error:
+                    logger.warning("cannot reach %s worker %s: %s", card.role, card.url, error)
+                except Exception:  # giving up would lose the worker for as long as Serve lists it
+                    logger.exception("session with %s worker %s failed", card.role, card.url)
+                if time.monotonic() - began_at > longest:
+                    pause = _RECONNECT_SECONDS[0]
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest)
+        finally:
+            self._kept.discard(card.incarnation)
 
     async def _hold_session(self, card: WorkerCard) -> None:
         lost = asyncio.Event()
@@ -188,8 +209,6 @@ class ClusterBackend:
             self._metrics.forget_worker(card.replica_id)
 
     def _apply(self, card: WorkerCard, telemetry: Telemetry) -> None:
-        if card.incarnation not in self._listed:
-            return  # on its way out
         try:
             self._view.apply(card.incarnation, telemetry, time.monotonic())
             self._metrics.decode_step(card.replica_id, telemetry.load.decode_step_seconds)
@@ -207,6 +226,8 @@ class ClusterBackend:
 def _submit(
     request_id: str, prompt: list[int], sampling: SamplingParams, decision: Decision
 ) -> Submit:
+    # Clients may name their requests, and two may choose one name: what workers see is unique.
+    request_id = f"{request_id}-{secrets.token_hex(8)}"
     prefill = decision.prefill
     peer = PrefillPeer(prefill.url, prefill.incarnation) if prefill is not None else None
     return Submit(request_id, prompt, sampling, peer)

@@ -5,6 +5,7 @@ Other threads talk to it through commands, which it applies between steps; it ta
 block pool and cache have one owner and need no locks.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _RATE_SMOOTHING = 0.2  # weight of the newest step in the measured rates
 _MAX_STEP_FAILURES = 3  # in a row; then the worker says it is unhealthy
+_MAX_STEP_SECONDS = 300.0  # a step that takes longer hangs; a slow one on a CPU takes tens
 
 
 class EngineListener(Protocol):
@@ -42,7 +44,7 @@ class EngineListener(Protocol):
         """A request was not taken, or its step failed; it holds nothing any more."""
 
     def on_changed(self, stored: list[BlockHash], removed: list[BlockHash], load: Load) -> None:
-        """After every step and every command: what the router should know."""
+        """Before every step and when there is nothing to do: what the router should know."""
 
 
 @dataclass(slots=True)
@@ -55,8 +57,10 @@ class EngineStats:
     num_preemptions: int = 0
     step_failures: int = 0
     step_failures_in_a_row: int = 0
-    prefill_tokens_per_second: float = 0.0
-    decode_step_seconds: float = 0.0
+    num_decode_steps: int = 0  # without prompt tokens
+    decode_seconds: float = 0.0  # in those
+    prefill_tokens_per_second: float = 0.0  # smoothed
+    decode_step_seconds: float = 0.0  # smoothed
 
 
 class Engine:
@@ -78,6 +82,8 @@ class Engine:
         )
         self._listener = listener
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._failure: Exception | None = None  # what ended the loop
+        self._step_began_at: float | None = None
         self._thread = threading.Thread(target=self._loop, name="antiphon-engine", daemon=True)
 
     def start(self) -> None:
@@ -92,8 +98,11 @@ class Engine:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the thread lives and steps succeed."""
-        return self._thread.is_alive() and self.stats.step_failures_in_a_row < _MAX_STEP_FAILURES
+        """Whether the thread lives and steps succeed, in bounded time."""
+        began_at = self._step_began_at
+        hangs = began_at is not None and time.monotonic() - began_at > _MAX_STEP_SECONDS
+        failed = self._failure or self.stats.step_failures_in_a_row >= _MAX_STEP_FAILURES
+        return self._thread.is_alive() and not hangs and not failed
 
     def add(self, request: Request) -> None:
         """Queue a request; ``on_refused`` follows if there is no room."""
@@ -125,14 +134,34 @@ class Engine:
         )
 
     def _loop(self) -> None:
+        try:
+            self._run_steps()
+        except Exception as error:
+            logger.exception("the engine failed; this worker refuses everything until replaced")
+            self._failure = error
+            self._refuse_everything(error)
+
+    def _run_steps(self) -> None:
         is_busy = False
         while self._apply_commands(wait=not is_busy):
             batch = self._schedule()
-            if batch is not None:
-                self._step(batch)
-            is_busy = batch is not None
+            # Before the step: what came during the last one is in this load, not in that.
             stored, removed = self._scheduler.pool.drain_changes()
             self._listener.on_changed(stored, removed, self.load(self._scheduler))
+            if batch is not None:
+                self._step_began_at = time.monotonic()
+                self._step(batch)
+                self._step_began_at = None
+            is_busy = batch is not None
+
+    def _refuse_everything(self, error: Exception) -> None:
+        """Answer what is here and whatever still comes, so that nobody waits for ever."""
+        for request_id in self._scheduler.request_ids:
+            with contextlib.suppress(Exception):  # the listener may be what failed
+                self._listener.on_refused(request_id, error)
+        while (command := self._commands.get()) is not None:
+            with contextlib.suppress(Exception):  # the scheduler may be what failed
+                command()
 
     def _apply_commands(self, *, wait: bool) -> bool:
         """Apply what has piled up, waiting for the first if there is nothing else to do."""
@@ -147,6 +176,9 @@ class Engine:
             return True
 
     def _add(self, request: Request) -> None:
+        if self._failure is not None:
+            self._listener.on_refused(request.request_id, self._failure)
+            return
         try:
             self._scheduler.add(request)
         except (AntiphonError, ValueError) as error:
@@ -229,6 +261,8 @@ class Engine:
         stats.num_prompt_tokens += num_prompt
         stats.num_preemptions = self._scheduler.num_preemptions
         if num_prompt == 0:
+            stats.num_decode_steps += 1
+            stats.decode_seconds += seconds
             stats.decode_step_seconds = _smoothed(stats.decode_step_seconds, seconds)
         elif num_prompt >= 8 * num_sampled:
             rate = num_prompt / seconds

@@ -12,11 +12,18 @@ transfer is cancelled nothing writes to its blocks, so they can be computed into
 """
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from dataclasses import dataclass, field
 
-from antiphon.errors import AntiphonError, CapacityError, LinkBrokenError
+from antiphon.errors import (
+    AntiphonError,
+    CapacityError,
+    HandoffError,
+    LinkBrokenError,
+    WorkerBusyError,
+)
 from antiphon.messages import (
     Abort,
     Prefill,
@@ -33,6 +40,7 @@ from antiphon.workers.engine import Engine
 from antiphon.workers.handoff.receiver import HandoffReceiver
 from antiphon.workers.peers import Peers
 from antiphon.workers.request import PrefillPath, Request
+from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.session import ClientSession, Session
 
 logger = logging.getLogger(__name__)
@@ -57,13 +65,13 @@ class GenerateService:
         receiver: HandoffReceiver,
         peers: Peers,
         metrics: Metrics,
-        max_context_tokens: int,
+        limits: RequestLimits,
     ) -> None:
         self._engine = engine
         self.receiver = receiver
         self._peers = peers
         self._metrics = metrics
-        self._max_context_tokens = max_context_tokens
+        self._limits = limits
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[str, _Job] = {}
         self._by_transfer: dict[str, _Job] = {}
@@ -129,8 +137,9 @@ class GenerateService:
         task.add_done_callback(job.tasks.discard)
 
     def on_transfer_ended(self, transfer_id: str, num_tokens: int, error: Exception | None) -> None:
-        """A transfer is complete or failed; from any thread."""
-        self._loop.call_soon_threadsafe(self._transfer_ended, transfer_id, num_tokens, error)
+        """A transfer is complete or failed after ``num_tokens`` of it; from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed at interpreter exit
+            self._loop.call_soon_threadsafe(self._transfer_ended, transfer_id, num_tokens, error)
 
     async def _ask(self, job: _Job, block_table: list[BlockId]) -> None:
         message = job.message
@@ -142,8 +151,13 @@ class GenerateService:
             self._expect_and_ask(job, peer, block_table)
         except AntiphonError as error:
             self._fall_back(job, job.first_token, error)
+        except Exception as error:  # whatever it is, the request must not wait for ever
+            logger.exception("request %s: asking the prefill worker failed", message.request_id)
+            self._fall_back(job, job.first_token, error)
 
     def _expect_and_ask(self, job: _Job, peer: ClientSession, block_table: list[BlockId]) -> None:
+        if peer.is_closed:  # whoever was told of that did not know of this request yet
+            raise LinkBrokenError("the prefill worker is gone")
         message = job.message
         prompt = message.prompt_token_ids[:-1]  # the last token is an ordinary decode step
         job.peer = peer
@@ -159,8 +173,7 @@ class GenerateService:
         if isinstance(message, Refused):
             job = self._by_transfer.get(message.request_id)
             if job is not None:
-                error = LinkBrokenError(f"the prefill worker {message.kind}: {message.reason}")
-                self._cancel_and_fall_back(job, error)
+                self._cancel_and_fall_back(job, _refusal(message))
         elif not isinstance(message, PrefillDone):
             logger.warning("unexpected %s from a prefill worker", type(message).__name__)
 
@@ -177,15 +190,16 @@ class GenerateService:
         job = self._by_transfer.pop(transfer_id, None)
         if job is None:
             return  # aborted or fallen back since
+        num_in_place = job.first_token + num_tokens
         if error is None:
-            self._engine.kv_arrived(job.message.request_id, num_tokens, PrefillPath.REMOTE)
+            self._engine.kv_arrived(job.message.request_id, num_in_place, PrefillPath.REMOTE)
             return
         if job.peer is not None:
             job.peer.send(Abort(transfer_id))
-        self._fall_back(job, max(num_tokens, job.first_token), error)
+        self._fall_back(job, num_in_place, error)
 
     def _fall_back(self, job: _Job, num_tokens: int, error: Exception) -> None:
-        """Compute here what did not arrive."""
+        """Compute here what did not arrive: all beyond the prompt's first ``num_tokens``."""
         request_id = job.message.request_id
         self._metrics.fell_back(type(error).__name__)
         missing = len(job.message.prompt_token_ids) - num_tokens
@@ -206,16 +220,11 @@ class GenerateService:
         self._metrics.request_ended(outcome)
 
     def _problem(self, message: Submit) -> str | None:
-        num_prompt, max_tokens = len(message.prompt_token_ids), message.sampling.max_tokens
         if message.request_id in self._jobs:
             return "request_id: already in use on this worker"
-        if num_prompt < 1 or max_tokens < 1:
-            return (
-                f"a request needs a prompt and max_tokens >= 1, got {num_prompt} and {max_tokens}"
-            )
-        if num_prompt + max_tokens > self._max_context_tokens:
-            return (
-                f"{num_prompt} prompt tokens and max_tokens {max_tokens} exceed "
-                f"this worker's context of {self._max_context_tokens}"
-            )
-        return None
+        return self._limits.explain_generation(message.prompt_token_ids, message.sampling)
+
+
+def _refusal(message: Refused) -> AntiphonError:
+    reason = f"the prefill worker {message.kind}: {message.reason}"
+    return WorkerBusyError(reason) if message.kind == "busy" else HandoffError(reason)

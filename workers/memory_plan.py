@@ -1,6 +1,8 @@
 """How many KV blocks a worker gets."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,7 @@ from antiphon.workers.kv_cache import KVLayout
 _CPU_SHARE = 0.05
 _CPU_MAX_BYTES = 512 * 2**20
 _GPU_SHARE = 0.85
+_MEMINFO = Path("/proc/meminfo")
 
 
 def num_kv_blocks(
@@ -42,5 +45,15 @@ def _derived_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _GPU_SHARE)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(available * _CPU_SHARE, _CPU_MAX_BYTES))
+    return int(min(_available_bytes() * _CPU_SHARE, _CPU_MAX_BYTES))
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping: free, or a cache of files such as the weights."""
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -30,12 +30,9 @@ class Peers:
         if task is None:
             task = asyncio.create_task(self._open(peer, on_message, on_lost))
             self._sessions[peer.incarnation] = task
-        try:
-            # Shielded: one request's abort must not take the connection from the others.
-            return await asyncio.shield(task)
-        except LinkBrokenError:
-            self._sessions.pop(peer.incarnation, None)
-            raise
+            task.add_done_callback(lambda task: self._forget_failed(peer.incarnation, task))
+        # Shielded: one request's abort must not take the connection from the others.
+        return await asyncio.shield(task)
 
     async def close(self) -> None:
         """Close every session."""
@@ -45,6 +42,12 @@ class Peers:
             else:
                 task.cancel()
         self._sessions.clear()
+
+    def _forget_failed(self, incarnation: str, task: asyncio.Task[ClientSession]) -> None:
+        """Let the next request try again; also retrieves the error if nobody waits any more."""
+        failed = task.cancelled() or task.exception() is not None
+        if failed and self._sessions.get(incarnation) is task:
+            del self._sessions[incarnation]
 
     async def _open(
         self,

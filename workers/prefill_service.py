@@ -9,18 +9,23 @@ it may still read them. The sender reports every opened transfer's end exactly o
 """
 
 import asyncio
+import contextlib
 import logging
+import re
 import time
 from dataclasses import dataclass
 
-from antiphon.errors import AntiphonError
+from antiphon.errors import AntiphonError, CapacityError
 from antiphon.messages import Prefill, PrefillDone, Refused
 from antiphon.workers.engine import Engine
 from antiphon.workers.handoff.sender import HandoffSender
 from antiphon.workers.request import Request, RequestStatus
+from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.session import Session
 
 logger = logging.getLogger(__name__)
+
+_TRANSFER_ID = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(slots=True)
@@ -36,12 +41,11 @@ class _Job:
 class PrefillService:
     """Answers ``Prefill`` messages."""
 
-    def __init__(
-        self, engine: Engine, sender: HandoffSender, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, engine: Engine, sender: HandoffSender, limits: RequestLimits) -> None:
         self._engine = engine
         self._sender = sender
-        self._loop = loop
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
         self._jobs: dict[str, _Job] = {}
 
     @property
@@ -51,17 +55,16 @@ class PrefillService:
 
     def start(self, session: Session, message: Prefill) -> None:
         """Queue a prompt; on the event loop."""
-        job = _Job(session, message, time.monotonic(), message.first_token)
-        num_tokens = len(message.prompt_token_ids)
-        if not 0 <= message.first_token < num_tokens:
-            reason = f"first_token {message.first_token} is outside the {num_tokens} tokens"
-            session.send(Refused(message.request_id, "invalid", reason))
+        problem = self._problem(message)
+        if problem:
+            session.send(Refused(message.request_id, "invalid", problem))
             return
         try:
             self._sender.open(message.transfer_id, message.link, message.first_token)
         except AntiphonError as error:
             session.send(Refused(message.request_id, "busy", str(error)))
             return
+        job = _Job(session, message, time.monotonic(), message.first_token)
         self._jobs[message.transfer_id] = job
         session.request_ids.add(message.transfer_id)
         self._engine.add(Request(message.transfer_id, message.prompt_token_ids, sampling=None))
@@ -91,19 +94,22 @@ class PrefillService:
         job = self._jobs.get(transfer_id)
         if job is not None:
             job.is_refused = True
-            job.session.send(Refused(job.message.request_id, "busy", str(error)))
+            kind = "busy" if isinstance(error, CapacityError) else "failed"
+            job.session.send(Refused(job.message.request_id, kind, str(error)))
             self._sender.abort(transfer_id, "refused")
 
     def on_transfer_ended(
         self, transfer_id: str, error: Exception | None, num_bytes: int, seconds: float
     ) -> None:
         """Nothing reads the request's blocks any more; on a link's thread."""
-        self._engine.abort(transfer_id)
-        self._loop.call_soon_threadsafe(self._reply, transfer_id, error, num_bytes, seconds)
+        with contextlib.suppress(RuntimeError):  # the loop is closed at interpreter exit
+            self._loop.call_soon_threadsafe(self._reply, transfer_id, error, num_bytes, seconds)
 
     def _reply(
         self, transfer_id: str, error: Exception | None, num_bytes: int, seconds: float
     ) -> None:
+        # From the loop, as ``start``: a link that breaks at once must not overtake the request.
+        self._engine.abort(transfer_id)
         job = self._jobs.pop(transfer_id, None)
         if job is None:
             return
@@ -116,3 +122,14 @@ class PrefillService:
         elif not job.is_refused:
             logger.warning("transfer %s failed: %s", transfer_id, error)
             job.session.send(Refused(request_id, "failed", str(error)))
+
+    def _problem(self, message: Prefill) -> str | None:
+        num_tokens = len(message.prompt_token_ids)
+        if not _TRANSFER_ID.fullmatch(message.transfer_id):
+            return "transfer_id: must be 32 hex digits"
+        if message.transfer_id in self._jobs:
+            return "transfer_id: already in use on this worker"
+        if not 0 <= message.first_token < num_tokens:
+            return f"first_token {message.first_token} is outside the {num_tokens} tokens"
+        # A prompt that can never fit would keep all those behind it waiting.
+        return self._limits.explain_prompt(message.prompt_token_ids)

@@ -16,6 +16,8 @@ from antiphon.messages import SamplingParams
 
 # Most of the mass lies in few tokens: look for the nucleus there before sorting the vocabulary.
 _NUCLEUS_CANDIDATES = 1024
+# Below it float32 scores overflow to NaN; every draw is greedy long before that.
+_MIN_TEMPERATURE = 1e-6
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
@@ -44,7 +46,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _draw(logits: Tensor, params: SamplingParams, u: float) -> int:
-    scores = logits.float() / params.temperature
+    scores = logits.float() / max(params.temperature, _MIN_TEMPERATURE)
     probs, token_ids = _truncate(scores, params)
     cumulative = probs.double().cumsum(0)
     index = int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))

@@ -26,7 +26,7 @@ class SchedulerConfig:
     """Bounds of one worker."""
 
     max_batch_tokens: int = 512  # per step; decode steps run even above it
-    max_num_requests: int = 64  # running at once
+    max_num_requests: int = 64  # running at once, or about to: with KV on its way
     max_waiting_requests: int = 256
     max_awaiting_kv: int = 32
     prefix_cache: bool = True
@@ -79,14 +79,20 @@ class Scheduler:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Prompt tokens that are yet to be computed here."""
-        queued = (*self._waiting.values(), *self._running.values())
+        """Prompt tokens that are yet to be computed here; not those that a prefill worker will."""
+        waiting = (r for r in self._waiting.values() if r.path is not PrefillPath.REMOTE)
+        queued = (*waiting, *self._running.values())
         return sum(r.num_remaining_tokens for r in queued if not r.is_decoding)
 
     @property
     def num_requests(self) -> int:
         """Requests that are not finished."""
         return len(self._requests)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Of the requests that are not finished, oldest first."""
+        return list(self._requests)
 
     def get(self, request_id: str) -> Request | None:
         """The request if it is not finished."""
@@ -222,23 +228,31 @@ class Scheduler:
                 self._preempt_youngest()
 
     def _admit_waiting(self) -> None:
-        while self._waiting and len(self._running) < self.config.max_num_requests:
-            request = next(iter(self._waiting.values()))
-            is_remote = request.path is PrefillPath.REMOTE
-            if is_remote and self.num_awaiting_kv >= self.config.max_awaiting_kv:
+        num_awaiting = self.num_awaiting_kv if self._waiting else 0
+        for request in tuple(self._waiting.values()):
+            if len(self._running) + num_awaiting >= self.config.max_num_requests:
                 return
+            is_remote = request.path is PrefillPath.REMOTE
+            if is_remote and num_awaiting >= self.config.max_awaiting_kv:
+                continue  # those that need no prefill worker do not wait for one
             if not self._reserve(request):
                 return
-            del self._waiting[request.request_id]
-            # One token is left for the decode step, so that much may be missing without a hand-off.
-            if is_remote and request.num_remaining_tokens > 1:
-                request.status = RequestStatus.AWAITING_KV
-                self._newly_reserved.append(request)
-            elif request.is_prefill_only and request.num_remaining_tokens == 0:
-                self._end_prefill(request)
-            else:
-                request.path = PrefillPath.LOCAL if is_remote else request.path
-                self._run(request)
+            self._admit(request)
+            num_awaiting += request.status is RequestStatus.AWAITING_KV
+
+    def _admit(self, request: Request) -> None:
+        """Start a request that has its blocks."""
+        del self._waiting[request.request_id]
+        is_remote = request.path is PrefillPath.REMOTE
+        # One token is left for the decode step, so that much may be missing without a hand-off.
+        if is_remote and request.num_remaining_tokens > 1:
+            request.status = RequestStatus.AWAITING_KV
+            self._newly_reserved.append(request)
+        elif request.is_prefill_only and request.num_remaining_tokens == 0:
+            self._end_prefill(request)
+        else:
+            request.path = PrefillPath.LOCAL if is_remote else request.path
+            self._run(request)
 
     def _reserve(self, request: Request) -> bool:
         """Take blocks for every known token, reusing cached ones. All or nothing."""

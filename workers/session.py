@@ -8,11 +8,13 @@ answers no ping, loses its session; the worker then aborts that session's reques
 import asyncio
 import contextlib
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import aiohttp
+import msgspec
 from aiohttp import web
 
 from antiphon.errors import LinkBrokenError
@@ -35,6 +37,7 @@ MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is 5 MB
 MAX_OUTBOX_MESSAGES = 10_000
 _HELLO_SECONDS = 10.0
 _CLOSE_SECONDS = 2.0
+_MAX_CLOSE_REASON = 120  # bytes that fit a WebSocket's close frame
 
 _Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
@@ -42,8 +45,8 @@ _Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 class _Channel:
     """A socket with an outbox."""
 
-    def __init__(self, socket: _Socket) -> None:
-        self._socket = socket
+    def __init__(self, ws: _Socket) -> None:
+        self._socket = ws
         self._outbox: deque[bytes] = deque()
         self._has_mail = asyncio.Event()
         self._writer = asyncio.create_task(self._write())
@@ -60,22 +63,26 @@ class _Channel:
             self.cut()
 
     def cut(self) -> None:
-        """End the session from this side without waiting."""
+        """End the session from this side, now; the reader sees the end of the socket."""
         self.is_closed = True
         self._writer.cancel()
-        self._closing = asyncio.ensure_future(self._close_socket())
+        # Closing politely waits for a peer to read that may never do so.
+        raw = self._socket.get_extra_info("socket")
+        if raw is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                raw.shutdown(socket.SHUT_RDWR)
 
     async def close(self) -> None:
         """Send what is queued if it goes quickly, then close."""
         self.is_closed = True
         self._has_mail.set()
-        await asyncio.wait({self._writer}, timeout=1.0)
-        self._writer.cancel()
-        await self._close_socket()
-
-    async def _close_socket(self) -> None:
-        with contextlib.suppress(TimeoutError, ConnectionError, RuntimeError, aiohttp.ClientError):
-            await asyncio.wait_for(self._socket.close(), _CLOSE_SECONDS)
+        _, unsent = await asyncio.wait({self._writer}, timeout=1.0)
+        if not unsent:
+            with contextlib.suppress(
+                TimeoutError, ConnectionError, RuntimeError, aiohttp.ClientError
+            ):
+                await asyncio.wait_for(self._socket.close(), _CLOSE_SECONDS)
+        self.cut()
 
     async def _write(self) -> None:
         try:
@@ -91,8 +98,8 @@ class _Channel:
 class Session(_Channel):
     """A worker's end of a session."""
 
-    def __init__(self, socket: web.WebSocketResponse, hello: Hello) -> None:
-        super().__init__(socket)
+    def __init__(self, ws: web.WebSocketResponse, hello: Hello) -> None:
+        super().__init__(ws)
         self.client_id = hello.client_id
         self.wants_telemetry = hello.wants_telemetry
         self.request_ids: set[str] = set()  # owned by whoever handles the messages
@@ -155,49 +162,57 @@ class SessionServer:
         handler = self._handler
         if handler is None:
             return web.Response(status=503, text="this worker is still starting")
-        socket = web.WebSocketResponse(
+        ws = web.WebSocketResponse(
             heartbeat=HEARTBEAT_SECONDS, max_msg_size=MAX_MESSAGE_BYTES, compress=False
         )
-        await socket.prepare(request)
-        hello = await self._read_hello(socket)
+        await ws.prepare(request)
+        hello = await self._read_hello(ws)
         if hello is None:
-            return socket
-        session = Session(socket, hello)
+            return ws
+        session = Session(ws, hello)
         self._sessions.add(session)
         session.send(Welcome(handler.card))
-        handler.on_opened(session)
         try:
-            async for raw in socket:
+            handler.on_opened(session)
+            async for raw in ws:
                 if raw.type is aiohttp.WSMsgType.BINARY:
                     handler.on_message(session, decode_client_message(raw.data))
+        except msgspec.DecodeError as error:
+            logger.error("session with %s ended: unreadable message: %s", session.client_id, error)
+        except Exception:
+            logger.exception("session with %s ended: handling a message failed", session.client_id)
         finally:
-            session.is_closed = True
             self._sessions.discard(session)
             session.cut()
             handler.on_closed(session)
-        return socket
+        return ws
 
-    async def _read_hello(self, socket: web.WebSocketResponse) -> Hello | None:
-        raw = await socket.receive(timeout=_HELLO_SECONDS)
-        if raw.type is not aiohttp.WSMsgType.BINARY:
-            return None
-        hello = decode_client_message(raw.data)
-        if not isinstance(hello, Hello) or hello.protocol_version != PROTOCOL_VERSION:
-            reason = f"this worker speaks protocol version {PROTOCOL_VERSION}"
-            await socket.close(code=aiohttp.WSCloseCode.PROTOCOL_ERROR, message=reason.encode())
-            return None
-        return hello
+    async def _read_hello(self, ws: web.WebSocketResponse) -> Hello | None:
+        reason = f"this worker speaks protocol version {PROTOCOL_VERSION}"
+        try:
+            raw = await ws.receive(timeout=_HELLO_SECONDS)
+            if raw.type is not aiohttp.WSMsgType.BINARY:
+                return None
+            hello = decode_client_message(raw.data)
+            if isinstance(hello, Hello) and hello.protocol_version == PROTOCOL_VERSION:
+                return hello
+        except TimeoutError:
+            reason = f"no hello within {_HELLO_SECONDS:.0f} s"
+        except msgspec.DecodeError as error:
+            reason = f"{reason}; unreadable hello: {error}"
+        logger.warning("a session was refused: %s", reason)
+        code, message = aiohttp.WSCloseCode.PROTOCOL_ERROR, reason.encode()[:_MAX_CLOSE_REASON]
+        await ws.close(code=code, message=message)
+        return None
 
 
 class ClientSession(_Channel):
     """A client's end of a session."""
 
-    def __init__(
-        self, http: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse
-    ) -> None:
-        super().__init__(socket)
+    def __init__(self, http: aiohttp.ClientSession, ws: aiohttp.ClientWebSocketResponse) -> None:
+        super().__init__(ws)
         self._http = http
-        self._client_socket = socket
+        self._client_socket = ws
         self.card: WorkerCard
         self._reader: asyncio.Task[None] | None = None
 
@@ -213,24 +228,20 @@ class ClientSession(_Channel):
         http = aiohttp.ClientSession()
         try:
             async with asyncio.timeout(timeout):
-                socket = await http.ws_connect(
+                ws = await http.ws_connect(
                     url, heartbeat=HEARTBEAT_SECONDS, max_msg_size=MAX_MESSAGE_BYTES, compress=0
                 )
-                session = cls(http, socket)
-                session.send(Hello(PROTOCOL_VERSION, client_id, wants_telemetry))
-                raw = await socket.receive()
-            if raw.type is not aiohttp.WSMsgType.BINARY:
-                raise LinkBrokenError(f"{url} closed the session: {raw.extra or raw.data}")
-            welcome = decode_worker_message(raw.data)
-            if not isinstance(welcome, Welcome):
-                raise LinkBrokenError(f"{url} did not say welcome")
-        except (OSError, TimeoutError, aiohttp.ClientError) as error:
+                hello = encode(Hello(PROTOCOL_VERSION, client_id, wants_telemetry))
+                await ws.send_bytes(hello)
+                card = _read_welcome(url, await ws.receive())
+        except BaseException as error:  # cancelled, too: nothing may stay open
             await http.close()
-            raise LinkBrokenError(f"no session with {url}: {error or 'timed out'}") from error
-        except LinkBrokenError:
-            await http.close()
+            if isinstance(error, (OSError, TimeoutError, aiohttp.ClientError, msgspec.DecodeError)):
+                reason = str(error) or "timed out"
+                raise LinkBrokenError(f"no session with {url}: {reason}") from error
             raise
-        session.card = welcome.card
+        session = cls(http, ws)
+        session.card = card
         return session
 
     def start(
@@ -259,6 +270,17 @@ class ClientSession(_Channel):
             )
         finally:
             self.is_closed = True
-            on_closed()
             self._writer.cancel()
-            await self._http.close()
+            try:
+                on_closed()
+            finally:
+                await self._http.close()
+
+
+def _read_welcome(url: str, raw: aiohttp.WSMessage) -> WorkerCard:
+    if raw.type is not aiohttp.WSMsgType.BINARY:
+        raise LinkBrokenError(f"{url} closed the session: {raw.extra or raw.data}")
+    welcome = decode_worker_message(raw.data)
+    if not isinstance(welcome, Welcome):
+        raise LinkBrokenError(f"{url} did not say welcome")
+    return welcome.card

@@ -15,6 +15,7 @@ from antiphon.errors import ConfigError
 from antiphon.messages import Role, WorkerCard
 from antiphon.metrics import Metrics
 from antiphon.workers.engine import Engine
+from antiphon.workers.engine_metrics import EngineCollector
 from antiphon.workers.generate_service import GenerateService
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.gloo import GlooTransport
@@ -29,11 +30,16 @@ from antiphon.workers.model_source import fingerprint
 from antiphon.workers.paged_model import PagedModel, load_model
 from antiphon.workers.peers import Peers
 from antiphon.workers.prefill_service import PrefillService
+from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.scheduler import SchedulerConfig
 from antiphon.workers.session import SessionServer
 from antiphon.workers.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+# A step is the longest that a running stream stalls and that an abort waits: a second or less on
+# one CPU core for a small model. A GPU needs more tokens to be busy.
+_MAX_BATCH_TOKENS = {"cpu": 128, "cuda": 2048}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +108,18 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
     server = SessionServer(metrics.render)
     card = _card(settings, loaded, await server.listen(settings.host))
     worker = Worker(card, server, metrics)
-    engine = Engine(ModelRunner(loaded.model, loaded.cache), _scheduler_config(settings), worker)
+    engine = Engine(
+        ModelRunner(loaded.model, loaded.cache),
+        _scheduler_config(settings, loaded.model.device),
+        worker,
+    )
+    metrics.registry.register(EngineCollector(card.role, engine.stats))
     endpoint = Endpoint(transport, loaded.cache, card.incarnation, _wire_format(loaded))
+    limits = RequestLimits(card.max_context_tokens, loaded.model.config.vocab_size)
     if settings.role is Role.PREFILL:
-        _run_prefill(worker, engine, endpoint, settings.handoff)
+        _run_prefill(worker, engine, endpoint, settings.handoff, limits)
     else:
-        _run_generate(worker, engine, endpoint, settings.handoff)
+        _run_generate(worker, engine, endpoint, settings.handoff, limits)
     kv_gib = card.num_blocks * card.block_size * card.kv_bytes_per_token / 2**30
     logger.info(
         "%s worker ready at %s: KV cache of %d blocks of %d tokens (%.2f GiB), context %d",
@@ -117,23 +129,30 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
 
 
 def _run_prefill(
-    worker: Worker, engine: Engine, endpoint: Endpoint, handoff: HandoffConfig
+    worker: Worker,
+    engine: Engine,
+    endpoint: Endpoint,
+    handoff: HandoffConfig,
+    limits: RequestLimits,
 ) -> None:
-    limits = SenderLimits(max_links=handoff.max_links)
     service: PrefillService
 
     def on_done(transfer_id: str, error: Exception | None, size: int, seconds: float) -> None:
         service.on_transfer_ended(transfer_id, error, size, seconds)
 
-    sender = HandoffSender(endpoint, limits, on_done)
-    service = PrefillService(engine, sender, asyncio.get_running_loop())
+    sender = HandoffSender(endpoint, SenderLimits(max_links=handoff.max_links), on_done)
+    service = PrefillService(engine, sender, limits)
     worker.run(engine, service, [sender.close])
 
 
 def _run_generate(
-    worker: Worker, engine: Engine, endpoint: Endpoint, handoff: HandoffConfig
+    worker: Worker,
+    engine: Engine,
+    endpoint: Endpoint,
+    handoff: HandoffConfig,
+    limits: RequestLimits,
 ) -> None:
-    limits = ReceiverLimits(
+    receiver_limits = ReceiverLimits(
         timeout_seconds=handoff.timeout_seconds,
         max_links=handoff.max_links,
         max_pending=handoff.max_pending,
@@ -143,11 +162,9 @@ def _run_generate(
     def on_done(transfer_id: str, num_tokens: int, error: Exception | None) -> None:
         service.on_transfer_ended(transfer_id, num_tokens, error)
 
-    receiver = HandoffReceiver(endpoint, limits, on_done)
+    receiver = HandoffReceiver(endpoint, receiver_limits, on_done)
     peers = Peers(worker.card.incarnation)
-    service = GenerateService(
-        engine, receiver, peers, worker.metrics, worker.card.max_context_tokens
-    )
+    service = GenerateService(engine, receiver, peers, worker.metrics, limits)
     worker.run(engine, service, [peers.close, receiver.close])
 
 
@@ -173,10 +190,10 @@ def _wire_format(loaded: Loaded) -> WireFormat:
     return WireFormat(loaded.fingerprint, layers, str(layout.dtype).removeprefix("torch."))
 
 
-def _scheduler_config(settings: WorkerSettings) -> SchedulerConfig:
+def _scheduler_config(settings: WorkerSettings, device: torch.device) -> SchedulerConfig:
     engine = settings.engine
     return SchedulerConfig(
-        max_batch_tokens=engine.max_batch_tokens,
+        max_batch_tokens=engine.max_batch_tokens or _MAX_BATCH_TOKENS[device.type],
         max_num_requests=engine.max_num_requests,
         max_waiting_requests=engine.max_waiting_requests,
         max_awaiting_kv=settings.handoff.max_pending,

@@ -56,7 +56,7 @@ class EngineConfig(_Section):
     max_batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="Token budget of one step, prompts in what decode steps leave; "
-        "default: 256 on CPU, 2048 on GPU.",
+        "default: 128 on CPU, 2048 on GPU.",
     )
     max_num_requests: Annotated[int, Field(ge=1)] = Field(
         64, description="Requests that may run at once."

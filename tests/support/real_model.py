@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 _NEAR_TIE = 1e-3  # logits this close may be ordered either way by fp32 rounding
 _TEXTS = [
     "The capital of France is",

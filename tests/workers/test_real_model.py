@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+import pytest
 from pools import Client, assert_idle, peer_of, start
 from real_model import MAX_TOKENS, assert_equal_tokens, load, prompts
 
@@ -11,6 +12,7 @@ from antiphon.messages import Role
 from antiphon.workers.tokenizer import Tokenizer
 
 
+@pytest.mark.e2e  # for its minute and a half, not for Ray
 def test_matches_generate_at_concurrency_8(smollm2_path: Path) -> None:
     tokenizer = Tokenizer(smollm2_path)
     token_ids = [tokenizer.encode(text) for text in prompts()]

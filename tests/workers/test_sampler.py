@@ -75,3 +75,17 @@ def test_uniform_is_uniform_and_pinned() -> None:
     assert max(values) < 1
     assert sum(values) / len(values) == pytest.approx(0.5, abs=0.02)
     assert uniform(1, 2) == 0.6434025071674214  # a change would change every seeded output
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-6])
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.9}, {"top_k": 3, "top_p": 1e-9}])
+def test_the_lowest_temperatures_are_greedy(temperature: float, more: dict[str, float]) -> None:
+    params = SamplingParams(1, temperature=temperature, **more)
+    for scale in (1.0, 1e4):
+        assert {draw(params, position, LOGITS * scale) for position in range(20)} == {1}
+
+
+def test_a_masked_token_is_never_drawn() -> None:
+    logits = torch.tensor([0.0, float("-inf"), 0.0, float("-inf")])
+    drawn = {draw(SamplingParams(1, temperature=2.0, top_p=0.99), i, logits) for i in range(200)}
+    assert drawn == {0, 2}

@@ -101,6 +101,31 @@ def test_awaiting_requests_are_bounded() -> None:
     assert scheduler.num_waiting == 1
 
 
+def test_requests_that_need_no_prefill_worker_do_not_wait_for_one() -> None:
+    scheduler = make(max_awaiting_kv=1)
+    for name in "rs":
+        scheduler.add(request(name, 5, path=PrefillPath.REMOTE))
+    scheduler.add(request("a", 5))
+    assert step(scheduler) == [("a", 5)]
+    scheduler.kv_arrived("r", 4, PrefillPath.REMOTE, now=1.0)
+    assert step(scheduler) == [("a", 1), ("r", 1)]
+    assert scheduler.num_awaiting_kv == 1
+    assert scheduler.num_waiting == 0
+
+
+def test_requests_with_kv_on_its_way_count_as_running() -> None:
+    scheduler = make(max_num_requests=2)
+    for name in "rst":
+        scheduler.add(request(name, 5, path=PrefillPath.REMOTE))
+    step(scheduler)
+    assert scheduler.num_awaiting_kv == 2
+    for name in "rs":
+        scheduler.kv_arrived(name, 4, PrefillPath.REMOTE, now=1.0)
+    step(scheduler)
+    assert scheduler.num_running == 2
+    assert scheduler.num_waiting == 1
+
+
 def test_prefill_only_keeps_its_blocks_until_they_were_sent() -> None:
     scheduler = make()
     sent = prefill("p", 8)

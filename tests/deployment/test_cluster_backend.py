@@ -1,0 +1,261 @@
+"""The backend over real workers in this process: retries, losses, reconnection, readiness."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+import pytest
+from pools import assert_idle, start, until
+from tiny_models import oracle, tiny_model
+
+from antiphon.config import EngineConfig, RouterConfig
+from antiphon.deployment import cluster_backend
+from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.errors import NoWorkerError, WorkerBusyError, WorkerLostError
+from antiphon.messages import Role, SamplingParams
+from antiphon.metrics import Metrics
+from antiphon.workers.worker import Worker
+
+PROMPT = [5 + i for i in range(20)]
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+def backend_for(*roles: Role) -> ClusterBackend:
+    return ClusterBackend("tiny", RouterConfig(), set(roles), Metrics("ingress"))
+
+
+def show(backend: ClusterBackend, role: Role, *workers: Worker) -> None:
+    """Say that Serve lists exactly these workers of a role."""
+    backend.set_workers(role, {w.card.replica_id: w.card for w in workers})
+
+
+async def connected(backend: ClusterBackend, role: Role, *workers: Worker) -> None:
+    show(backend, role, *workers)
+    await until(lambda: all(backend._view.get(w.card.incarnation) for w in workers))
+
+
+async def generate(backend: ClusterBackend, max_tokens: int, request_id: str = "r") -> list[int]:
+    tokens: list[int] = []
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
+    async for output in backend.generate(request_id, PROMPT, sampling):
+        tokens += output.token_ids
+    return tokens
+
+
+async def close(*closing: Any) -> None:
+    for one in closing:
+        await one.close()
+
+
+def test_a_pair_of_pools_answers_as_the_model_does() -> None:
+    model = tiny_model("llama")
+    prompt = PROMPT * 5
+    expected = oracle(model, prompt, 6)
+
+    async def scenario() -> None:
+        prefill, decode = await start(Role.PREFILL, model), await start(Role.DECODE, model)
+        backend = backend_for(Role.PREFILL, Role.DECODE)
+        assert backend.is_ready() == (False, "no decode or prefill worker is connected")
+        await connected(backend, Role.DECODE, decode)
+        assert backend.is_ready() == (False, "no prefill worker is connected")
+        await connected(backend, Role.PREFILL, prefill)
+        assert backend.is_ready()[0]
+        tokens: list[int] = []
+        async for output in backend.generate("r", prompt, SamplingParams(6, temperature=0)):
+            tokens += output.token_ids
+        assert tokens == expected
+        assert prefill.engine.stats.num_prompt_tokens == len(prompt) - 1
+        await assert_idle(prefill, decode)
+        await close(backend, prefill, decode)
+        assert not backend._tasks
+
+    run(scenario())
+
+
+def test_a_busy_worker_is_excluded_and_the_next_one_tried() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        tight = EngineConfig(max_num_requests=1, max_waiting_requests=1)
+        full = await start(Role.COLOCATED, model, engine=tight)
+        backend = backend_for(Role.COLOCATED)
+        await connected(backend, Role.COLOCATED, full)
+        longs = [asyncio.create_task(generate(backend, 300, "runs"))]
+        await until(lambda: full.engine.stats.num_steps > 0)
+        longs.append(asyncio.create_task(generate(backend, 2, "waits")))
+        await until(lambda: full.num_requests == 2)
+        with pytest.raises(WorkerBusyError, match="waiting here already"):
+            await generate(backend, 2)
+        other = await start(Role.COLOCATED, model)
+        await connected(backend, Role.COLOCATED, full, other)
+        results = await asyncio.gather(*(generate(backend, 2, str(i)) for i in range(4)))
+        assert [len(tokens) for tokens in results] == [2] * 4
+        assert [len(tokens) for tokens in await asyncio.gather(*longs)] == [300, 2]
+        await assert_idle(full, other)
+        await close(backend, full, other)
+
+    run(scenario())
+
+
+def test_one_request_id_from_two_clients_keeps_them_apart() -> None:
+    """Clients name their requests with X-Request-Id, and need not choose well."""
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        worker = await start(Role.COLOCATED, model)
+        backend = backend_for(Role.COLOCATED)
+        await connected(backend, Role.COLOCATED, worker)
+        results = await asyncio.gather(*(generate(backend, n, "same") for n in (30, 40, 50)))
+        assert [len(tokens) for tokens in results] == [30, 40, 50]
+        await close(backend, worker)
+
+    run(scenario())
+
+
+def test_a_worker_lost_before_the_first_token_is_replaced_and_after_it_is_an_error() -> None:
+    model = tiny_model("llama")
+    expected = oracle(model, PROMPT, 3)
+
+    async def scenario() -> None:
+        workers = [await start(Role.COLOCATED, model) for _ in range(2)]
+        backend = backend_for(Role.COLOCATED)
+        await connected(backend, Role.COLOCATED, *workers)
+        release = threading.Event()
+        for worker in workers:  # no token leaves before the event
+            worker.engine.call(lambda _: release.wait(20))
+        waiting = asyncio.create_task(generate(backend, 3))
+        await until(lambda: sum(w.num_requests for w in workers) == 1)
+        first, second = sorted(workers, key=lambda w: -w.num_requests)
+        await first._server.close()
+        await until(lambda: second.num_requests == 1)
+        release.set()
+        assert await waiting == expected
+
+        outputs = backend.generate("r", PROMPT, SamplingParams(400, temperature=0))
+        await anext(outputs)
+        await second._server.close()
+        with pytest.raises(WorkerLostError, match="is gone"):
+            async for _ in outputs:
+                pass
+        with pytest.raises((NoWorkerError, WorkerLostError)):
+            await generate(backend, 2)
+        await close(backend, *workers)
+
+    run(scenario())
+
+
+def test_a_client_that_goes_away_aborts_at_once() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        worker = await start(Role.COLOCATED, model)
+        backend = backend_for(Role.COLOCATED)
+        await connected(backend, Role.COLOCATED, worker)
+        async with aclosing(
+            backend.generate("r", PROMPT, SamplingParams(400, temperature=0))
+        ) as outputs:
+            await anext(outputs)
+        (connection,) = backend._connections.values()
+        assert connection.num_requests == 0
+        assert backend._policy.num_outstanding(worker.card.incarnation) == 0
+        assert await until(lambda: worker.num_requests == 0) < 1.0
+        await assert_idle(worker)
+        await close(backend, worker)
+
+    run(scenario())
+
+
+def test_a_lost_session_is_opened_again() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        worker = await start(Role.COLOCATED, model)
+        backend = backend_for(Role.COLOCATED)
+        await connected(backend, Role.COLOCATED, worker)
+        (before,) = backend._connections.values()
+        (session,) = worker._server.sessions
+        session.cut()
+        await until(lambda: not backend.is_ready()[0])
+        await until(lambda: backend.is_ready()[0])
+        (after,) = backend._connections.values()
+        assert after is not before
+        assert len(await generate(backend, 2)) == 2
+        await close(backend, worker)
+
+    run(scenario())
+
+
+def test_a_worker_that_leaves_finishes_and_may_be_listed_again() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        worker = await start(Role.COLOCATED, model)
+        backend = backend_for(Role.COLOCATED)
+        await connected(backend, Role.COLOCATED, worker)
+        streaming = asyncio.create_task(generate(backend, 60))
+        await until(lambda: worker.num_requests == 1)
+        show(backend, Role.COLOCATED)
+        assert not backend.is_ready()[0]
+        with pytest.raises(NoWorkerError):
+            await generate(backend, 2, "late")
+        again = msgspec.structs.replace(worker.card)  # equal, but another object
+        backend.set_workers(Role.COLOCATED, {again.replica_id: again})
+        assert len(await generate(backend, 2, "again")) == 2
+        assert len(await streaming) == 60
+        assert len(worker._server.sessions) == 1
+        assert len(backend._tasks) == 1
+        await close(backend, worker)
+
+    run(scenario())
+
+
+def test_a_failure_while_connecting_does_not_lose_the_worker(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(cluster_backend, "_RECONNECT_SECONDS", (0.01, 0.02))
+
+    async def scenario() -> None:
+        worker = await start(Role.COLOCATED, model)
+        backend = backend_for(Role.COLOCATED)
+        open_session = cluster_backend.WorkerConnection.open
+        failures: list[Exception] = [KeyError("a bug"), WorkerLostError("another incarnation")]
+
+        async def fail_first(*args: Any, **kwargs: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return await open_session(*args, **kwargs)
+
+        monkeypatch.setattr(cluster_backend.WorkerConnection, "open", fail_first)
+        await connected(backend, Role.COLOCATED, worker)
+        assert not failures
+        await close(backend, worker)
+
+    run(scenario())
+
+
+def test_a_worker_that_is_not_listed_any_more_is_not_sought(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(cluster_backend, "_RECONNECT_SECONDS", (0.01, 0.02))
+
+    async def scenario() -> None:
+        worker = await start(Role.COLOCATED, model)
+        backend = backend_for(Role.COLOCATED)
+        await connected(backend, Role.COLOCATED, worker)
+        await worker.close()
+        await until(lambda: not backend._connections)
+        assert backend._tasks
+        show(backend, Role.COLOCATED)
+        await until(lambda: not backend._tasks)
+        assert not backend._kept
+        await backend.close()
+
+    run(scenario())
