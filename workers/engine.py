@@ -16,10 +16,11 @@ from typing import Protocol
 
 from antiphon.errors import AntiphonError
 from antiphon.messages import BlockHash, Load, RequestOutput
+from antiphon.workers.batch import Batch
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.request import PrefillPath, Request
-from antiphon.workers.scheduler import Batch, Scheduler, SchedulerConfig, finish_reason
+from antiphon.workers.scheduler import Scheduler, SchedulerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class Engine:
                     RequestOutput(
                         request_id=request.request_id,
                         token_ids=[next(sampled)],
-                        finish_reason=finish_reason(request),
+                        finish_reason=request.finish_reason,
                         num_cached_tokens=request.num_cached_tokens,
                         timing=request.timing(now) if is_first else None,
                     )

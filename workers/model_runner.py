@@ -6,10 +6,10 @@ import torch
 
 from antiphon.kernels.attention_batch import make_attention_batch
 from antiphon.messages import SamplingParams
+from antiphon.workers.batch import Batch, Chunk
 from antiphon.workers.kv_cache import KVCache
 from antiphon.workers.paged_model import ForwardBatch, PagedModel
 from antiphon.workers.sampler import sample
-from antiphon.workers.scheduler import Batch, Chunk
 
 
 @dataclass(frozen=True, slots=True)

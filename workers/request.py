@@ -75,6 +75,17 @@ class Request:
         """Whether one more token completes what is known, so that the step samples."""
         return self.sampling is not None and self.num_remaining_tokens == 1
 
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the output ends with its last token, or None if it goes on."""
+        if self.sampling is None or not self.output_token_ids:
+            return None
+        if self.output_token_ids[-1] in self.sampling.stop_token_ids:
+            return "stop"
+        if len(self.output_token_ids) >= self.sampling.max_tokens:
+            return "length"
+        return None
+
     def tokens(self, start: int, end: int) -> list[int]:
         """Token ids at positions ``[start, end)`` of prompt and output together."""
         num_prompt = len(self.prompt_token_ids)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from antiphon.errors import WorkerBusyError
+from antiphon.workers.batch import Batch, Chunk
 from antiphon.workers.block_pool import BlockId, BlockPool
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
 
@@ -30,23 +31,6 @@ class SchedulerConfig:
     max_waiting_requests: int = 256
     max_awaiting_kv: int = 32
     prefix_cache: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens ``[start, start + num_tokens)`` of one request, computed in one step."""
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: bool  # the chunk ends at the last known token, so a next one is drawn
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one forward pass computes: decode steps first, then prompt chunks."""
-
-    chunks: tuple[Chunk, ...]
 
 
 class Scheduler:
@@ -93,10 +77,6 @@ class Scheduler:
     def request_ids(self) -> list[str]:
         """Of the requests that are not finished, oldest first."""
         return list(self._requests)
-
-    def get(self, request_id: str) -> Request | None:
-        """The request if it is not finished."""
-        return self._requests.get(request_id)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -198,7 +178,7 @@ class Scheduler:
                 if not request.output_token_ids:
                     request.prompt_done_at = request.prompt_done_at or now
                 request.output_token_ids.append(token_id)
-                if finish_reason(request) is not None:
+                if request.finish_reason is not None:
                     self._finish(request)
                     finished.append(request)
             elif request.is_prefill_only and request.num_remaining_tokens == 0:
@@ -323,15 +303,3 @@ class Scheduler:
 
     def _num_blocks(self, request: Request) -> int:
         return -(-request.num_tokens // self.pool.block_size)
-
-
-def finish_reason(request: Request) -> str | None:
-    """Why a request's output ends with its last token, or None if it goes on."""
-    sampling = request.sampling
-    if sampling is None or not request.output_token_ids:
-        return None
-    if request.output_token_ids[-1] in sampling.stop_token_ids:
-        return "stop"
-    if len(request.output_token_ids) >= sampling.max_tokens:
-        return "length"
-    return None

@@ -11,9 +11,10 @@ import pytest
 from antiphon.errors import WorkerBusyError
 from antiphon.messages import BlockHash, Load, RequestOutput, SamplingParams
 from antiphon.workers import engine as engine_module
+from antiphon.workers.batch import Batch
 from antiphon.workers.engine import Engine
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
-from antiphon.workers.scheduler import Batch, Scheduler, SchedulerConfig
+from antiphon.workers.scheduler import Scheduler, SchedulerConfig
 
 WAIT_SECONDS = 20.0
 TOKEN = 7
