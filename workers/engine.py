@@ -25,6 +25,7 @@ from antiphon.workers.scheduler import Scheduler, SchedulerConfig
 logger = logging.getLogger(__name__)
 
 _RATE_SMOOTHING = 0.2  # weight of the newest step in the measured rates
+_MIN_RATED_TOKENS = 32  # the fixed cost of a step hides the rate of smaller ones
 _MAX_STEP_FAILURES = 3  # in a row; then the worker says it is unhealthy
 _MAX_STEP_SECONDS = 300.0  # a step that takes longer hangs; a slow one on a CPU takes tens
 
@@ -265,7 +266,7 @@ class Engine:
             stats.num_decode_steps += 1
             stats.decode_seconds += seconds
             stats.decode_step_seconds = _smoothed(stats.decode_step_seconds, seconds)
-        elif num_prompt >= 8 * num_sampled:
+        elif num_prompt >= max(_MIN_RATED_TOKENS, 8 * num_sampled):
             rate = num_prompt / seconds
             stats.prefill_tokens_per_second = _smoothed(stats.prefill_tokens_per_second, rate)
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from antiphon.errors import (
     AntiphonError,
     CapacityError,
-    HandoffError,
     LinkBrokenError,
     WorkerBusyError,
 )
@@ -227,4 +226,4 @@ class GenerateService:
 
 def _refusal(message: Refused) -> AntiphonError:
     reason = f"the prefill worker {message.kind}: {message.reason}"
-    return WorkerBusyError(reason) if message.kind == "busy" else HandoffError(reason)
+    return WorkerBusyError(reason) if message.kind == "busy" else LinkBrokenError(reason)

@@ -54,7 +54,7 @@ async def start(
         model_folder=Path(),
         model=ModelConfig(),
         engine=engine,
-        handoff=handoff or HandoffConfig(timeout_seconds=20),
+        handoff=handoff or HandoffConfig(),
     )
     limit = min(paged.max_context_tokens, num_blocks * engine.block_size)
     loaded = Loaded(paged, cache, "tiny", limit)
