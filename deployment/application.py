@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 INGRESS_NAME = "ingress"
 _HEALTH_PERIOD_SECONDS = 5.0
-# Requests reach workers over sessions, so Serve sees none of them as ongoing; closing a worker
-# takes a second or two, and is forced after this.
+# Requests reach workers over sessions, so Serve sees none of them as ongoing: a worker that is to
+# stop waits for them itself, and Serve forces it after the grace.
+_DRAIN_SECONDS = 20.0
 _GRACE_SECONDS = 30.0
 
 
@@ -68,9 +69,10 @@ class WorkerReplica:
             raise RuntimeError("the engine has stopped or its steps fail")
 
     async def __del__(self) -> None:
-        """Stop; called once by Serve at shutdown."""
+        """Finish what is here, then stop; called once by Serve at shutdown."""
         worker = getattr(self, "worker", None)
         if worker is not None:
+            await worker.drain(_DRAIN_SECONDS)
             await worker.close()
 
 

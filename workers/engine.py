@@ -145,6 +145,7 @@ class Engine:
 
     def _run_steps(self) -> None:
         is_busy = False
+        self._listener.on_changed([], [], self.load(self._scheduler))  # all blocks are free
         while self._apply_commands(wait=not is_busy):
             batch = self._schedule()
             # Before the step: what came during the last one is in this load, not in that.

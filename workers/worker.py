@@ -33,6 +33,8 @@ from antiphon.workers.telemetry import TelemetryPublisher
 
 logger = logging.getLogger(__name__)
 
+_DRAIN_POLL_SECONDS = 0.05
+
 
 class Worker:
     """Joins the parts; is the engine's listener and the session server's handler."""
@@ -47,6 +49,7 @@ class Worker:
         self.generate: GenerateService | None = None
         self.prefill: PrefillService | None = None
         self._closers: Sequence[Callable[[], Awaitable[None] | None]] = ()
+        self._is_draining = False
 
     def run(
         self,
@@ -68,6 +71,16 @@ class Worker:
     def is_healthy(self) -> bool:
         """Whether the engine can still take steps."""
         return self.engine.is_healthy
+
+    async def drain(self, timeout_seconds: float) -> bool:
+        """Refuse new work as busy and wait for what is here; False if some of it is left."""
+        self._is_draining = True
+        deadline = self._loop.time() + timeout_seconds
+        while self.num_requests and self._loop.time() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        if self.num_requests:
+            logger.warning("%d requests are cut off by the stop", self.num_requests)
+        return self.num_requests == 0
 
     async def close(self) -> None:
         """End sessions, stop the engine, close links."""
@@ -113,6 +126,9 @@ class Worker:
     def on_message(self, session: Session, message: ClientMessage) -> None:
         """Dispatch to the service; a message for another role is refused by name."""
         match message:
+            case Submit() | Prefill() if self._is_draining:
+                self.metrics.refused("draining")
+                session.send(Refused(message.request_id, "busy", "this worker is being stopped"))
             case Submit() if self.generate is not None:
                 self.generate.start(session, message)
             case Prefill() if self.prefill is not None:

@@ -138,6 +138,11 @@ def test_runs_requests_to_their_end(rig: Rig) -> None:
     assert rig.engine.stats.num_prompt_tokens == 12
 
 
+def test_an_idle_engine_reports_its_free_blocks_before_any_request(rig: Rig) -> None:
+    rig.heard.wait_until(lambda: bool(rig.heard.loads))
+    assert rig.heard.loads[0].num_free_blocks == rig.runner.cache.num_blocks
+
+
 def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(rig: Rig) -> None:
     rig.runner.failures = [RuntimeError("out of memory")]
     rig.add("a")

@@ -225,3 +225,40 @@ def test_bad_and_excess_requests_are_refused_with_a_reason() -> None:
             await closing.close()
 
     run(scenario())
+
+
+def test_a_draining_worker_finishes_what_it_has_and_takes_nothing_new() -> None:
+    model = tiny_model("llama")
+    prompt = prompts()[-2]
+    expected = oracle(model, prompt, 60)
+
+    async def scenario() -> None:
+        decode = await start(Role.DECODE, model)
+        client = await Client.connect(decode)
+        running = client.submit(prompt, 60)
+        await client.wait_until(lambda: len(client.tokens[running]) > 2)
+        draining = asyncio.create_task(decode.drain(30))
+        await asyncio.sleep(0)  # lets the drain begin
+        late = client.submit(prompt, 2)
+        assert await client.finish(running, late) == [expected, []]
+        assert client.ended[late] == "busy: this worker is being stopped"
+        assert await draining
+        for closing in (client.session, decode):
+            await closing.close()
+
+    run(scenario())
+
+
+def test_a_drain_is_bounded() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        decode = await start(Role.DECODE, model)
+        client = await Client.connect(decode)
+        running = client.submit([5] * 10, 500)
+        await client.wait_until(lambda: len(client.tokens[running]) > 2)
+        assert not await decode.drain(0.1)
+        for closing in (client.session, decode):
+            await closing.close()
+
+    run(scenario())
