@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from antiphon.errors import AntiphonError
+from antiphon.errors import AntiphonError, StepAbandonedError
 from antiphon.messages import BlockHash, Load, RequestOutput
 from antiphon.workers.batch import Batch
 from antiphon.workers.block_pool import BlockPool
@@ -85,6 +85,7 @@ class Engine:
         self._listener = listener
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failure: Exception | None = None  # what ended the loop
+        self._aborting: set[str] = set()  # aborts that wait for the step to end
         self._step_began_at: float | None = None
         self._thread = threading.Thread(target=self._loop, name="antiphon-engine", daemon=True)
 
@@ -113,6 +114,7 @@ class Engine:
 
     def abort(self, request_id: str, *, keep_blocks: bool = False) -> None:
         """Stop a request; see ``Scheduler.abort``. Unknown ids are ignored."""
+        self._aborting.add(request_id)
         self._commands.put(lambda: self._abort(request_id, keep_blocks))
 
     def kv_arrived(self, request_id: str, num_tokens: int, path: PrefillPath) -> None:
@@ -188,6 +190,7 @@ class Engine:
             self._listener.on_refused(request.request_id, error)
 
     def _abort(self, request_id: str, keep_blocks: bool) -> None:
+        self._aborting.discard(request_id)
         self._scheduler.abort(request_id, keep_blocks=keep_blocks)
 
     def _schedule(self) -> Batch | None:
@@ -204,7 +207,9 @@ class Engine:
     def _step(self, batch: Batch) -> None:
         started = time.monotonic()
         try:
-            token_ids = self._runner.run(batch)
+            token_ids = self._runner.run(batch, lambda: self._is_abandoned(batch))
+        except StepAbandonedError:
+            return  # the aborts are the next commands
         except Exception as error:
             self._fail(batch, error)
             return
@@ -217,6 +222,10 @@ class Engine:
         self._scheduler.complete(batch, token_ids, started)
         self._measure(batch, now - started)
         self._report(batch, token_ids, first_tokens, now)
+
+    def _is_abandoned(self, batch: Batch) -> bool:
+        aborting = self._aborting
+        return bool(aborting) and all(c.request.request_id in aborting for c in batch.chunks)
 
     def _report(
         self, batch: Batch, token_ids: Sequence[int], first_tokens: set[str], now: float

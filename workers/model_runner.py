@@ -1,5 +1,6 @@
 """Turns a scheduled batch into tensors, runs the model, and samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +20,19 @@ class ModelRunner:
     model: PagedModel
     cache: KVCache
 
-    def run(self, batch: Batch) -> list[int]:
+    def run(self, batch: Batch, is_abandoned: Callable[[], bool] = lambda: False) -> list[int]:
         """Compute a batch.
 
         Returns:
             One sampled token for each chunk with ``samples``, in the batch's order.
+
+        Raises:
+            StepAbandonedError: ``is_abandoned`` became true in mid-step.
         """
         # Attention wants requests with one new token first, by rising length.
         chunks = sorted(batch.chunks, key=_packing_order)
         forward, sampling = self._pack(chunks)
-        logits = self.model.forward(forward, self.cache)
+        logits = self.model.forward(forward, self.cache, is_abandoned)
         positions = [c.request.num_tokens for c in chunks if c.samples]
         drawn = sample(logits, sampling, positions) if sampling else []
         sampled = [chunk.request.request_id for chunk in chunks if chunk.samples]

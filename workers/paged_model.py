@@ -9,6 +9,7 @@ refused by name instead of answering wrongly.
 
 import inspect
 import logging
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers import AutoModelForCausalLM as AutoModel
 
-from antiphon.errors import ConfigError, UnsupportedModelError
+from antiphon.errors import ConfigError, StepAbandonedError, UnsupportedModelError
 from antiphon.kernels.attention import paged_attention
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
 from antiphon.kernels.reference import prefill_attention, write_kv
@@ -48,14 +49,23 @@ _attender: ContextVar[_Attender] = ContextVar("antiphon_attender")
 class PagedStep:
     """Attention of one step: write the new KV, then attend to the pages."""
 
-    def __init__(self, cache: KVCache, batch: AttentionBatch) -> None:
+    def __init__(
+        self, cache: KVCache, batch: AttentionBatch, is_abandoned: Callable[[], bool]
+    ) -> None:
         self._cache = cache
         self._batch = batch
+        self._is_abandoned = is_abandoned
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
     ) -> Tensor:
-        """``[T, heads, head_dim]`` each; returns ``[T, num_q_heads, v_head_dim]``."""
+        """``[T, heads, head_dim]`` each; returns ``[T, num_q_heads, v_head_dim]``.
+
+        Raises:
+            StepAbandonedError: Nobody waits for this step any more.
+        """
+        if self._is_abandoned():  # once a layer: a step of a long prompt may take seconds
+            raise StepAbandonedError
         k_cache, v_cache = self._cache.keys[layer], self._cache.values[layer]
         write_kv(key, value, k_cache, v_cache, self._batch.slot_mapping)
         return paged_attention(query, k_cache, v_cache, self._batch, features)
@@ -164,13 +174,23 @@ class PagedModel:
             self.layout = KVLayout(self._probe(), model.dtype)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+    def forward(
+        self, batch: ForwardBatch, cache: KVCache, is_abandoned: Callable[[], bool]
+    ) -> Tensor:
         """Compute one step, writing KV to the cache.
+
+        Args:
+            batch: What to compute.
+            cache: Read and written.
+            is_abandoned: Asked once a layer; True ends the step.
 
         Returns:
             Logits ``[num_samples, vocab_size]``.
+
+        Raises:
+            StepAbandonedError: ``is_abandoned`` said so; KV of the step is incomplete.
         """
-        token = _attender.set(PagedStep(cache, batch.attention))
+        token = _attender.set(PagedStep(cache, batch.attention, is_abandoned))
         try:
             return self._logits(batch.input_ids, batch.position_ids, batch.logit_rows)
         finally:

@@ -16,6 +16,7 @@
     - SegmentRejectedError    a stale, corrupt or unknown segment
   x ConfigError               the operator can fix it         -> refuse to start
     - UnsupportedModelError   the model family cannot be served
+  x StepAbandonedError      nobody waits for the step any more -> the engine drops it
   x WorkerLostError           the worker that owned the request died -> HTTP 502
   x TelemetryGapError         a worker's telemetry skipped a message -> reconnect for a snapshot
 """
@@ -122,6 +123,10 @@ class ConfigError(AntiphonError):
 
 class UnsupportedModelError(ConfigError):
     """The model family cannot be served by this engine."""
+
+
+class StepAbandonedError(AntiphonError):
+    """Every request of the step in progress was aborted; what it computed is of no use."""
 
 
 class WorkerLostError(AntiphonError):

@@ -194,7 +194,7 @@ class RequestOutput(msgspec.Struct, frozen=True):
 
 
 class StepOutput(_Message, frozen=True):
-    """What one engine step produced for the requests of this session."""
+    """What one engine step produced for the requests of one session."""
 
     outputs: list[RequestOutput]
 

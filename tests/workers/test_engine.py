@@ -30,7 +30,7 @@ class ScriptedRunner:
         self.on_run: Callable[[], None] = lambda: None
         self.batches: list[list[tuple[str, int]]] = []
 
-    def run(self, batch: Batch) -> list[int]:
+    def run(self, batch: Batch, is_abandoned: Callable[[], bool]) -> list[int]:
         self.batches.append([(c.request.request_id, c.num_tokens) for c in batch.chunks])
         self.on_run()
         assert self.gate.acquire(timeout=WAIT_SECONDS)

@@ -1,15 +1,19 @@
 """Greedy output equals transformers' generate(), token for token, however the engine gets there."""
 
 import random
+import threading
 from functools import cache
 from typing import Any
 
 import pytest
-from engine_harness import EngineHarness, EngineShape
+import torch
+from engine_harness import WAIT_SECONDS, EngineHarness, EngineShape, check_idle
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, oracle, tiny_model
 
 from antiphon.errors import UnsupportedModelError
+from antiphon.messages import SamplingParams
 from antiphon.workers.paged_model import PagedModel
+from antiphon.workers.request import Request
 from antiphon.workers.scheduler import Scheduler
 
 MAX_TOKENS = 10
@@ -59,3 +63,31 @@ def _was_preempted(scheduler: Scheduler) -> None:
 def test_family_without_paged_attention_is_refused_by_name(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match=family):
         PagedModel(tiny_model(family))
+
+
+def test_a_step_that_nobody_waits_for_ends_between_layers() -> None:
+    """And what it left half computed is never taken for a cached prefix."""
+    model, tokens = expected("llama")
+    started, may_go_on = threading.Event(), threading.Event()
+    num_layers: list[int] = []
+    paged = PagedModel(model)
+    with EngineHarness(paged, EngineShape()) as harness:
+
+        def hold(module: torch.nn.Module, inputs: object) -> None:
+            num_layers.append(1)
+            if len(num_layers) == 1:
+                started.set()
+                assert may_go_on.wait(WAIT_SECONDS)
+
+        hooks = [layer.register_forward_pre_hook(hold) for layer in model.model.layers]
+        sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
+        harness.engine.add(Request("left", prompts()["long"], sampling))
+        assert started.wait(WAIT_SECONDS)
+        harness.engine.abort("left")
+        may_go_on.set()
+        harness.on_engine(check_idle)
+        assert len(num_layers) == 1, "the other layers were computed for nobody"
+        for hook in hooks:
+            hook.remove()
+        assert harness.generate({"long": prompts()["long"]}, MAX_TOKENS) == {"long": tokens["long"]}
+        assert harness.engine.stats.step_failures == 0
