@@ -149,6 +149,7 @@ def _print_ready(config: AntiphonConfig, seconds: float) -> None:
     body = {
         "model": config.model.name,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 64,
         "stream": True,
     }
     typer.secho(f"\nready after {seconds:.1f} s: {base}/v1", fg="green", bold=True)
