@@ -23,7 +23,6 @@ from starlette.responses import Response
 
 from antiphon.errors import (
     AntiphonError,
-    CancelledError,
     CapacityError,
     HandoffError,
     InvalidParameterError,
@@ -99,8 +98,6 @@ def _describe_request_error(error: RequestError) -> ErrorReply:
         return ErrorReply(400, message, param="prompt", code="context_length_exceeded")
     if isinstance(error, UnknownModelError):
         return ErrorReply(404, message, param="model", code="model_not_found")
-    if isinstance(error, CancelledError):
-        return ErrorReply(499, message, code="cancelled")
     return ErrorReply(400, message)
 
 

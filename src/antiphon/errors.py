@@ -5,7 +5,6 @@
     - InvalidParameterError   a field has a bad value         -> 400, names the field
     - PromptTooLongError      prompt exceeds the context      -> 400, both lengths
     - UnknownModelError       no such model is served         -> 404
-    - CancelledError          the client went away            -> nobody is left to tell
   x CapacityError             retry later or elsewhere        -> HTTP 503 + Retry-After
     - OutOfBlocksError        the block pool is used up
     - WorkerBusyError         a worker refused, with a reason
@@ -69,10 +68,6 @@ class UnknownModelError(RequestError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self.served)
-
-
-class CancelledError(RequestError):
-    """The client went away before the answer was complete."""
 
 
 class CapacityError(AntiphonError):
