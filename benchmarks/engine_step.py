@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from antiphon.kernels.torch_kernels import TorchKernels
 from antiphon.messages import SamplingParams
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.kv_cache import KVCache
@@ -25,7 +26,7 @@ def step_ratios(folder: str, pairs: int) -> dict[str, dict[str, float]]:
     """Time prefill of 512 tokens and decode at batch 1, 8 and 32; seconds and their ratio."""
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    ours = PagedModel(_load(folder))
+    ours = PagedModel(_load(folder), TorchKernels())
     bare = _load(folder)
     bare.set_attn_implementation("sdpa")
     results = {"prefill_512": _compare(_engine_prefill(ours), _bare_prefill(bare), pairs)}
@@ -59,7 +60,9 @@ def _compare(
 
 
 def _engine_prefill(model: PagedModel) -> Callable[[], object]:
-    cache = KVCache(model.layout, 4 * CONTEXT // BLOCK_SIZE, BLOCK_SIZE, model.device)
+    cache = KVCache(
+        model.layout, 4 * CONTEXT // BLOCK_SIZE, BLOCK_SIZE, model.device, model.kernels
+    )
     pool = BlockPool(cache.num_blocks, BLOCK_SIZE)
     scheduler = Scheduler(SchedulerConfig(prefix_cache=False), pool)
     runner = ModelRunner(model, cache)
@@ -82,8 +85,8 @@ def _bare_prefill(model: Any) -> Callable[[], object]:
 
 def _engine_decode(model: PagedModel, batch_size: int) -> Callable[[], object]:
     num_blocks = batch_size * 2 * CONTEXT // BLOCK_SIZE
-    cache = KVCache(model.layout, num_blocks, BLOCK_SIZE, model.device)
-    for tensor in (*cache.keys, *cache.values):
+    cache = KVCache(model.layout, num_blocks, BLOCK_SIZE, model.device, model.kernels)
+    for tensor in (t for kv in cache.layers for t in (kv.keys, kv.values)):
         tensor.normal_(0, 0.1)
     config = SchedulerConfig(prefix_cache=False, max_awaiting_kv=batch_size)
     scheduler = Scheduler(config, BlockPool(num_blocks, BLOCK_SIZE))

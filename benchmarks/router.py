@@ -44,6 +44,7 @@ def make_view(num_workers: int, token_ids: list[int], rng: random.Random) -> Clu
             num_blocks=100_000,
             max_context_tokens=len(token_ids) + 1,
             kv_bytes_per_token=46_080,
+            wire_bytes_per_token=46_080,
             pid=i,
             node="node",
         )

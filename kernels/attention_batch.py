@@ -1,6 +1,6 @@
 """What the attention ops know about a packed batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -61,7 +61,7 @@ class DecodeGroup:
 
 
 def group_decodes(
-    seq_lens: Sequence[int], block_tables: Sequence[Tensor], block_size: int
+    seq_lens: Sequence[int], block_tables: Tensor, block_size: int
 ) -> tuple[DecodeGroup, ...]:
     """Group requests, sorted by rising length, while padding stays small."""
     groups = []
@@ -72,7 +72,7 @@ def group_decodes(
         while stop < len(seq_lens) and seq_lens[stop] <= limit:
             stop += 1
         if stop - first > 1:
-            positions = torch.arange(seq_lens[stop - 1], device=block_tables[first].device)
+            positions = torch.arange(seq_lens[stop - 1], device=block_tables.device)
             slots = [
                 _slots(block_tables[i], positions * (positions < seq_lens[i]), block_size)
                 for i in range(first, stop)
@@ -84,7 +84,77 @@ def group_decodes(
 
 
 def _slots(table: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    return table[positions // block_size] * block_size + positions % block_size
+    return table[positions // block_size].long() * block_size + positions % block_size
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """Which query rows the programs of a prefill launch compute.
+
+    Attributes:
+        tiles: ``[num_tiles, 2]`` int32: the request's index in the batch, and the first of its new
+            tokens that the tile computes; longest context first.
+        block_m: Query rows of a tile.
+    """
+
+    tiles: Tensor
+    block_m: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """How the contexts of a decode step are split over programs.
+
+    Request ``r`` is computed in parts, whose partial results are rows ``part_offsets[r]`` to
+    ``part_offsets[r + 1]`` of a workspace: first its parts of the shared prefix, then its own. A
+    part is a position in the work, not a token range: each layer divides the tokens that it sees.
+    All sizes follow from the batch size and the capacity alone, so a captured graph can be fed
+    anew.
+
+    Attributes:
+        items: ``[num_items, 4]`` int32: request (-1: nothing to do), part, number of parts of its
+            own, row of the workspace.
+        shared_items: ``[num_shared_items, 5]`` int32: first and last + 1 index into ``members``
+            (equal: nothing to do), part, number of parts of the prefix, prefix length in tokens.
+        members: ``[num_decode_requests]`` int32, requests ordered by group.
+        prefix_lens: ``[num_decode_requests]`` int32, leading tokens that the shared items cover.
+        part_offsets: ``[num_decode_requests + 1]`` int32.
+        num_rows: Rows of the workspace.
+    """
+
+    items: Tensor
+    shared_items: Tensor
+    members: Tensor
+    prefix_lens: Tensor
+    part_offsets: Tensor
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPlan:
+    """What the Triton kernels read of a batch, on the device.
+
+    Attributes:
+        seq_lens: ``[num_requests]`` int32; 0 for a request that only fills a captured graph.
+        cu_seqlens_q: ``[num_requests + 1]`` int32.
+        prefill: None if every request decodes.
+        decode: None if no request decodes.
+    """
+
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor
+    prefill: PrefillPlan | None
+    decode: DecodePlan | None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor, in an order that is the same for plans of the same kind."""
+        yield from (self.seq_lens, self.cu_seqlens_q)
+        if self.prefill is not None:
+            yield self.prefill.tiles
+        if self.decode is not None:
+            decode = self.decode
+            yield from (decode.items, decode.shared_items, decode.members)
+            yield from (decode.prefix_lens, decode.part_offsets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +165,24 @@ class AttentionBatch:
         num_decode_requests: How many requests, from the front, have exactly one new token.
         cu_seqlens_q: ``num_requests + 1`` offsets into the packed tokens.
         seq_lens: Tokens in the context of each request, the new ones included.
-        block_tables: ``[num_blocks]`` int64 per request, at least ``ceil(seq_len / block_size)``.
+        block_tables: ``[num_requests, max_blocks]`` int32; a row's entries beyond
+            ``ceil(seq_len / block_size)`` are 0.
         first_slots: Slot of the first token where a request's blocks follow one another in the
             cache, so that its context is one slice; None where they are scattered.
-        slot_mapping: ``[num_tokens]`` int64, the cache slot of each new token.
+        slot_mapping: ``[num_tokens]`` int64, the cache slot of each new token; -1: none.
         decode_groups: From ``group_decodes``; disjoint, in order.
+        plan: For the Triton kernels, which read it and ``block_tables`` instead of the tuples;
+            None where the torch ops run.
     """
 
     num_decode_requests: int
     cu_seqlens_q: tuple[int, ...]
     seq_lens: tuple[int, ...]
-    block_tables: tuple[Tensor, ...]
+    block_tables: Tensor
     first_slots: tuple[int | None, ...]
     slot_mapping: Tensor
     decode_groups: tuple[DecodeGroup, ...] = ()
+    plan: KernelPlan | None = None
 
 
 def make_attention_batch(
@@ -118,11 +192,11 @@ def make_attention_batch(
     block_size: int,
     device: torch.device,
 ) -> AttentionBatch:
-    """Lay out a packed batch; requests with one new token come first, by rising length.
+    """Lay out a packed batch for the torch ops; requests with one new token come first.
 
     Args:
         tables: Block ids of each request, enough for its old and new tokens.
-        starts: Tokens already in the cache, per request.
+        starts: Tokens already in the cache, per request; rising among those with one new token.
         counts: New tokens per request.
         block_size: Tokens per block.
         device: Where the cache lives.
@@ -134,17 +208,17 @@ def make_attention_batch(
         for table, start, end in zip(tables, starts, seq_lens, strict=True)
         for position in range(start, end)
     ]
-    block_tables = [torch.tensor(table, dtype=torch.int64, device=device) for table in tables]
-    first_slots = [
-        table[0] * block_size if _is_run(table[: -(-end // block_size)]) else None
-        for table, end in zip(tables, seq_lens, strict=True)
-    ]
+    used = [table[: -(-end // block_size)] for table, end in zip(tables, seq_lens, strict=True)]
+    width = max(map(len, used))
+    block_tables = torch.tensor(
+        [[*table, *[0] * (width - len(table))] for table in used], dtype=torch.int32, device=device
+    )
     return AttentionBatch(
         num_decode_requests=num_decode,
         cu_seqlens_q=tuple(accumulate(counts, initial=0)),
         seq_lens=tuple(seq_lens),
-        block_tables=tuple(block_tables),
-        first_slots=tuple(first_slots),
+        block_tables=block_tables,
+        first_slots=tuple(t[0] * block_size if _is_run(t) else None for t in used),
         slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
         decode_groups=group_decodes(seq_lens[:num_decode], block_tables, block_size),
     )

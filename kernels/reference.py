@@ -14,28 +14,77 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, DecodeGroup
+from antiphon.kernels.paged_kv import PagedKV, Rotary, dequantise, quantise
+from antiphon.kernels.reference_layers import rms_norm, silu_and_mul
+from antiphon.kernels.reference_wire import gather_kv, scatter_kv
+
+__all__ = [
+    "decode_attention",
+    "gather_kv",
+    "prefill_attention",
+    "rms_norm",
+    "scatter_kv",
+    "silu_and_mul",
+    "write_kv",
+]
 
 
 def write_kv(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    """Write new keys and values to their cache slots.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv: PagedKV,
+    slot_mapping: Tensor,
+    rotary: Rotary | None = None,
+) -> Tensor:
+    """Rotate queries and keys, and write keys and values to their cache slots.
 
     Args:
+        query: ``[num_tokens, num_q_heads, k_head_dim]``.
         key: ``[num_tokens, num_kv_heads, k_head_dim]``.
         value: ``[num_tokens, num_kv_heads, v_head_dim]``.
-        k_cache: ``[num_blocks, block_size, num_kv_heads, k_head_dim]``.
-        v_cache: ``[num_blocks, block_size, num_kv_heads, v_head_dim]``.
-        slot_mapping: ``[num_tokens]`` int64, unique.
+        kv: Written; quantised on the way if its dtype is.
+        slot_mapping: ``[num_tokens]`` int64, unique; -1 writes nothing.
+        rotary: None if queries and keys are rotated already, or not at all.
+
+    Returns:
+        The rotated queries, as ``query``; ``query`` itself without ``rotary``.
     """
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slot_mapping, key)
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, value)
+    if rotary is not None:
+        query, key = _rotate(query, rotary), _rotate(key, rotary)
+    _write(key, kv.keys, kv.key_scales, slot_mapping)
+    _write(value, kv.values, kv.value_scales, slot_mapping)
+    return query
+
+
+def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """In the order of transformers' own ``apply_rotary_pos_emb``: the same bits."""
+    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
+    rotary_dim = cos.shape[-1]
+    turned = x[..., :rotary_dim]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), -1)
+
+
+def _write(x: Tensor, cache: Tensor, scales: Tensor | None, slot_mapping: Tensor) -> None:
+    if bool((slot_mapping < 0).any()):
+        x, slot_mapping = x[slot_mapping >= 0], slot_mapping[slot_mapping >= 0]
+    if scales is not None:
+        x, new_scales = quantise(x, cache.dtype)
+        block_size = cache.shape[1]
+        scales[slot_mapping // block_size, :, slot_mapping % block_size] = new_scales
+        # index_copy_ knows no fp8; the bytes are the same
+        cache.view(torch.int8).view(-1, *cache.shape[2:]).index_copy_(
+            0, slot_mapping, x.view(torch.int8)
+        )
+    else:
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, x.to(cache.dtype))
 
 
 def decode_attention(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    kv: PagedKV,
     batch: AttentionBatch,
     features: AttentionFeatures,
 ) -> Tensor:
@@ -43,39 +92,37 @@ def decode_attention(
 
     Args:
         query: ``[num_decode_requests, num_q_heads, k_head_dim]``.
-        k_cache: As in ``write_kv``, the new tokens already written.
-        v_cache: As in ``write_kv``.
+        kv: The layer's cache, the new tokens already written.
         batch: Requests beyond ``num_decode_requests`` are ignored.
         features: Of the layer.
 
     Returns:
         ``[num_decode_requests, num_q_heads, v_head_dim]``.
     """
-    num_kv_heads = k_cache.shape[2]
+    num_kv_heads = kv.num_kv_heads
     num_requests, num_q_heads, head_dim = query.shape
     grouped = query.view(num_requests, 1, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
-    out = query.new_empty(num_requests, num_q_heads, v_cache.shape[3])
-    grouped_out = out.view(num_requests, 1, num_kv_heads, -1, v_cache.shape[3])
+    out = query.new_empty(num_requests, num_q_heads, kv.values.shape[3])
+    grouped_out = out.view(num_requests, 1, num_kv_heads, -1, kv.values.shape[3])
     grouped_requests: set[int] = set()
     for group in batch.decode_groups:
         rows = slice(group.first, group.first + group.count)
         grouped_requests.update(range(rows.start, rows.stop))
-        grouped_out[rows] = _attend_group(grouped[rows], k_cache, v_cache, group, features)[:, None]
+        grouped_out[rows] = _attend_group(grouped[rows], kv, group, features)[:, None]
     for index in range(num_requests):
         if index in grouped_requests:
             continue
         end = batch.seq_lens[index]
         start = features.first_visible(end - 1)
         # The query heads of one KV head stand in as query rows: enable_gqa is several times slower.
-        keys, values = read_context(k_cache, v_cache, batch, index, start, end)
+        keys, values = read_context(kv, batch, index, start, end, query.dtype)
         grouped_out[index] = _attend(grouped[index], keys, values, features, None)
     return out
 
 
 def prefill_attention(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    kv: PagedKV,
     batch: AttentionBatch,
     features: AttentionFeatures,
 ) -> Tensor:
@@ -84,23 +131,22 @@ def prefill_attention(
     Args:
         query: ``[num_tokens, num_q_heads, k_head_dim]``: the tokens of all requests after the
             decode requests, in order.
-        k_cache: As in ``write_kv``, the new tokens already written.
-        v_cache: As in ``write_kv``.
+        kv: The layer's cache, the new tokens already written.
         batch: Its first ``num_decode_requests`` requests are ignored.
         features: Of the layer.
 
     Returns:
         ``[num_tokens, num_q_heads, v_head_dim]``.
     """
-    out = query.new_empty(*query.shape[:2], v_cache.shape[3])
-    group_size = query.shape[1] // k_cache.shape[2]
+    out = query.new_empty(*query.shape[:2], kv.values.shape[3])
+    group_size = query.shape[1] // kv.num_kv_heads
     first = batch.num_decode_requests
     offset = batch.cu_seqlens_q[first]
     for index in range(first, len(batch.seq_lens)):
         rows = slice(batch.cu_seqlens_q[index] - offset, batch.cu_seqlens_q[index + 1] - offset)
         num_new, end = rows.stop - rows.start, batch.seq_lens[index]
         start = features.first_visible(end - num_new)
-        keys, values = read_context(k_cache, v_cache, batch, index, start, end)
+        keys, values = read_context(kv, batch, index, start, end, query.dtype)
         if group_size > 1:
             keys = keys.repeat_interleave(group_size, dim=1)
             values = values.repeat_interleave(group_size, dim=1)
@@ -111,35 +157,49 @@ def prefill_attention(
 
 
 def read_context(
-    k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, index: int, start: int, end: int
+    kv: PagedKV, batch: AttentionBatch, index: int, start: int, end: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return K and V of one request's tokens ``[start, end)``, in place where possible.
 
     Returns:
-        Two tensors ``[1, num_kv_heads, end - start, head_dim]``.
+        Two tensors ``[1, num_kv_heads, end - start, head_dim]`` in ``dtype``.
     """
+    rows: slice | Tensor
     first_slot = batch.first_slots[index]
     if first_slot is not None:
         rows = slice(first_slot + start, first_slot + end)
-        keys, values = k_cache.view(-1, *k_cache.shape[2:]), v_cache.view(-1, *v_cache.shape[2:])
     else:
-        block_size = k_cache.shape[1]
-        first_block = start // block_size
-        blocks = batch.block_tables[index][first_block : -(-end // block_size)]
-        rows = slice(start - first_block * block_size, end - first_block * block_size)
-        keys = k_cache.index_select(0, blocks).view(-1, *k_cache.shape[2:])
-        values = v_cache.index_select(0, blocks).view(-1, *v_cache.shape[2:])
-    return keys[rows].transpose(0, 1)[None], values[rows].transpose(0, 1)[None]
+        positions = torch.arange(start, end, device=kv.keys.device)
+        table = batch.block_tables[index]
+        rows = table[positions // kv.block_size].long() * kv.block_size + positions % kv.block_size
+    keys = _read(kv.keys, kv.key_scales, rows, dtype)
+    values = _read(kv.values, kv.value_scales, rows, dtype)
+    return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+
+
+def _read(cache: Tensor, scales: Tensor | None, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
+    """``[tokens, num_kv_heads, head_dim]`` of the slots ``rows``."""
+    elements = cache.view(-1, *cache.shape[2:])
+    if isinstance(rows, slice):
+        elements = elements[rows]
+    elif scales is not None:  # index_select knows no fp8; the bytes are the same
+        elements = elements.view(torch.int8).index_select(0, rows).view(cache.dtype)
+    else:
+        elements = elements.index_select(0, rows)
+    if scales is None:
+        return elements.to(dtype)
+    by_slot = scales.transpose(1, 2).reshape(-1, cache.shape[2])
+    return dequantise(elements, by_slot[rows], dtype)
 
 
 def _attend_group(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, features: AttentionFeatures
+    query: Tensor, kv: PagedKV, group: DecodeGroup, features: AttentionFeatures
 ) -> Tensor:
     """``[count, 1, H, G, D] -> [count, H, G, V]``."""
-    shape = (group.count, -1, k_cache.shape[2])
-    keys = k_cache.view(-1, *k_cache.shape[2:]).index_select(0, group.slots)
-    values = v_cache.view(-1, *v_cache.shape[2:]).index_select(0, group.slots)
-    keys, values = keys.view(*shape, k_cache.shape[3]), values.view(*shape, v_cache.shape[3])
+    shape = (group.count, -1, kv.num_kv_heads)
+    keys = _read(kv.keys, kv.key_scales, group.slots, query.dtype)
+    values = _read(kv.values, kv.value_scales, group.slots, query.dtype)
+    keys, values = keys.view(*shape, keys.shape[-1]), values.view(*shape, values.shape[-1])
     positions = torch.arange(keys.shape[1], device=keys.device)[None]
     visible = positions <= group.last_positions
     if features.sliding_window is not None:

@@ -49,10 +49,10 @@ class CostModel:
         rate = load.prefill_tokens_per_second or self.parameters.default_prefill_tokens_per_second
         return (num_queued_tokens + num_tokens) / rate
 
-    def handoff_seconds(self, num_tokens: int, kv_bytes_per_token: int) -> float:
+    def handoff_seconds(self, num_tokens: int, wire_bytes_per_token: int) -> float:
         """Predict the movement of the KV of ``num_tokens`` over a link."""
         parameters = self.parameters
-        num_bytes = num_tokens * kv_bytes_per_token
+        num_bytes = num_tokens * wire_bytes_per_token
         return parameters.handoff_seconds + num_bytes / parameters.link_bytes_per_second
 
     def wait_seconds(self, load: Load, num_streams: int) -> float:

@@ -174,7 +174,7 @@ class Policy:
         room = self._model.room_seconds(num_free, _num_blocks(prompt, card, num_cached))
         pair = local = None
         if prefill is not None and num_missing and card.role is _DECODE:
-            handoff = self._model.handoff_seconds(num_missing, card.kv_bytes_per_token)
+            handoff = self._model.handoff_seconds(num_missing, card.wire_bytes_per_token)
             seconds = prefill.seconds + handoff + wait
             pair = (seconds + room, num_streams, num_cached, seconds, worker, _REMOTE)
         if reason := self._reason_for_local(card, num_missing, prefill):

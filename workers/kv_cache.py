@@ -1,8 +1,9 @@
 """The tensors behind the block ids, and their canonical form on the wire.
 
-The wire carries ``[layers, 2, tokens, kv_heads, head_dim]``: neither block size nor block order
-leaks to the other side. Layers may differ in heads and widths, and K may differ from V; then the
-same order holds with each layer's own shape.
+The wire carries ``[layers, 2, tokens, kv_heads, head_dim]`` in a dtype of its own: neither block
+size nor block order nor the cache's dtype leaks to the other side. A quantised wire dtype brings
+its scales, which come first because they want the stricter alignment. Layers may differ in heads
+and widths, and K may differ from V; then the same order holds with each layer's own shape.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from antiphon.kernels.kernel_set import KernelSet
+from antiphon.kernels.paged_kv import QUANTISED_LIMITS, PagedKV, WireKV
+
+_SCALE_DTYPE = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,38 +34,64 @@ class LayerLayout:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """KV shape of a model."""
+    """KV shape of a model, and the dtypes of its elements in the cache and on the wire."""
 
     layers: tuple[LayerLayout, ...]
     dtype: torch.dtype
+    wire_dtype: torch.dtype
 
     @property
     def num_bytes_per_token(self) -> int:
-        """K and V of all layers."""
-        return sum(layer.num_elements for layer in self.layers) * self.dtype.itemsize
+        """K and V of all layers in the cache, with scales."""
+        return self._num_elements * self.dtype.itemsize + self._num_scale_bytes(self.dtype)
+
+    @property
+    def num_wire_bytes_per_token(self) -> int:
+        """K and V of all layers on the wire, with scales."""
+        return self._num_elements * self.wire_dtype.itemsize + self.num_wire_scale_bytes
+
+    @property
+    def num_wire_scale_bytes(self) -> int:
+        """The part of ``num_wire_bytes_per_token`` that is scales."""
+        return self._num_scale_bytes(self.wire_dtype)
+
+    @property
+    def _num_elements(self) -> int:
+        return sum(layer.num_elements for layer in self.layers)
+
+    def _num_scale_bytes(self, dtype: torch.dtype) -> int:
+        if dtype not in QUANTISED_LIMITS:
+            return 0
+        return sum(2 * layer.num_kv_heads for layer in self.layers) * _SCALE_DTYPE.itemsize
 
 
 class KVCache:
     """Owns K and V of every block.
 
     Args:
-        layout: Shapes and dtype.
+        layout: Shapes and dtypes.
         num_blocks: Blocks in each layer.
         block_size: Tokens per block.
         device: Where the tensors live. Memory is committed by the operating system on first use.
+        kernels: Copy between blocks and wire.
     """
 
     def __init__(
-        self, layout: KVLayout, num_blocks: int, block_size: int, device: torch.device
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        kernels: KernelSet,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
-        self.num_bytes_per_token = layout.num_bytes_per_token
-        # One tensor per layer and side, [num_blocks, block_size, num_kv_heads, head_dim].
-        self.keys = [self._empty(layer, layer.k_head_dim) for layer in layout.layers]
-        self.values = [self._empty(layer, layer.v_head_dim) for layer in layout.layers]
+        self.num_bytes_per_token = layout.num_wire_bytes_per_token
+        self._kernels = kernels
+        # A tensor per layer and side: one stacked tensor makes compiled steps several times slower.
+        self.layers = [self._empty(layer) for layer in layout.layers]
 
     def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
         """Copy KV of tokens ``[start, end)`` into wire order.
@@ -71,38 +103,42 @@ class KVCache:
             out: uint8 ``[num_bytes_per_token * (end - start)]``, contiguous, on the CPU.
         """
         slots = self._slots(block_table, start, end)
-        for cache, part in self._wire_parts(out, end - start):
-            if self.device.type == "cpu":
-                torch.index_select(cache, 0, slots, out=part)
-            else:
-                part.copy_(cache.index_select(0, slots))
+        if self.device.type == "cpu":
+            self._kernels.gather_kv(self.layers, slots, self._wire(out, end - start))
+            return
+        segment = torch.empty_like(out, device=self.device)
+        self._kernels.gather_kv(self.layers, slots, self._wire(segment, end - start))
+        out.copy_(segment)
 
     def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
         """Copy a segment in wire order to tokens ``[start, end)``; the inverse of ``gather``."""
         slots = self._slots(block_table, start, end)
-        for cache, part in self._wire_parts(segment, end - start):
-            cache.index_copy_(0, slots, part.to(self.device))
+        wire = self._wire(segment.to(self.device), end - start)
+        self._kernels.scatter_kv(self.layers, slots, wire)
 
-    def _empty(self, layer: LayerLayout, head_dim: int) -> Tensor:
-        shape = (self.num_blocks, self.block_size, layer.num_kv_heads, head_dim)
-        return torch.empty(shape, dtype=self.layout.dtype, device=self.device)
+    def _empty(self, layer: LayerLayout) -> PagedKV:
+        shape = (self.num_blocks, self.block_size, layer.num_kv_heads)
+        dtype = self.layout.dtype
+        keys, values = (
+            torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
+            for head_dim in (layer.k_head_dim, layer.v_head_dim)
+        )
+        if dtype not in QUANTISED_LIMITS:
+            return PagedKV(keys, values)
+        scale_shape = (self.num_blocks, layer.num_kv_heads, self.block_size)
+        key_scales, value_scales = (
+            torch.empty(scale_shape, dtype=_SCALE_DTYPE, device=self.device) for _ in range(2)
+        )
+        return PagedKV(keys, values, key_scales, value_scales)
 
     def _slots(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
         positions = torch.arange(start, end)
         blocks = torch.tensor(block_table, dtype=torch.int64)[positions // self.block_size]
         return (blocks * self.block_size + positions % self.block_size).to(self.device)
 
-    def _wire_parts(self, wire: Tensor, num_tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Pair every cache tensor, as ``[slots, heads, dim]``, with its place in the segment."""
-        elements = wire.view(self.layout.dtype)
-        pairs = []
-        offset = 0
-        for keys, values in zip(self.keys, self.values, strict=True):
-            for cache in (keys, values):
-                shape = (num_tokens, *cache.shape[2:])
-                size = shape[0] * shape[1] * shape[2]
-                pairs.append(
-                    (cache.view(-1, *cache.shape[2:]), elements[offset : offset + size].view(shape))
-                )
-                offset += size
-        return pairs
+    def _wire(self, segment: Tensor, num_tokens: int) -> WireKV:
+        num_scale_bytes = self.layout.num_wire_scale_bytes * num_tokens
+        elements = segment[num_scale_bytes:].view(self.layout.wire_dtype)
+        if not num_scale_bytes:
+            return WireKV(elements)
+        return WireKV(elements, segment[:num_scale_bytes].view(_SCALE_DTYPE))

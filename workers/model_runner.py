@@ -1,24 +1,54 @@
 """Turns a scheduled batch into tensors, runs the model, and samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from antiphon.kernels.attention_batch import make_attention_batch
 from antiphon.messages import SamplingParams
 from antiphon.workers.batch import Batch, Chunk
+from antiphon.workers.decode_graphs import Capture, DecodeGraphs
+from antiphon.workers.forward_batch import ForwardBatch
 from antiphon.workers.kv_cache import KVCache
-from antiphon.workers.paged_model import ForwardBatch, PagedModel
+from antiphon.workers.paged_model import PagedModel
 from antiphon.workers.sampler import sample
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRunner:
-    """Stateless between steps: all state is in the requests and the cache."""
+class _Row:
+    """Tokens of one request in a packed step; a row without blocks pads a captured graph."""
 
-    model: PagedModel
-    cache: KVCache
+    block_table: Sequence[int] = ()
+    start: int = -1
+    token_ids: Sequence[int] = (0,)
+
+
+class ModelRunner:
+    """Stateless between steps: all state is in the requests and the cache.
+
+    Args:
+        model: Computes.
+        cache: Holds KV.
+    """
+
+    def __init__(self, model: PagedModel, cache: KVCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.graphs: DecodeGraphs | None = None
+
+    def capture_graphs(self, buckets: tuple[int, ...], capture: Capture) -> None:
+        """Capture decode steps of these batch sizes; takes seconds each."""
+
+        def pack_padding(bucket: int) -> ForwardBatch:
+            widest = [0] * -(-self.model.max_context_tokens // self.cache.block_size)
+            padding = [_Row()] * (bucket - 1)
+            return self._pack([_Row(widest), *padding], range(bucket))
+
+        def step(batch: ForwardBatch) -> Tensor:
+            return self.model.forward(batch, self.cache, lambda: False)
+
+        self.graphs = DecodeGraphs(step, pack_padding, buckets, capture)
 
     def run(self, batch: Batch, is_abandoned: Callable[[], bool] = lambda: False) -> list[int]:
         """Compute a batch.
@@ -31,41 +61,60 @@ class ModelRunner:
         """
         # Attention wants requests with one new token first, by rising length.
         chunks = sorted(batch.chunks, key=_packing_order)
-        forward, sampling = self._pack(chunks)
-        logits = self.model.forward(forward, self.cache, is_abandoned)
-        positions = [c.request.num_tokens for c in chunks if c.samples]
-        drawn = sample(logits, sampling, positions) if sampling else []
-        sampled = [chunk.request.request_id for chunk in chunks if chunk.samples]
-        tokens = dict(zip(sampled, drawn, strict=True))
+        sampling = [c for c in chunks if c.samples and c.request.sampling is not None]
+        logits = self._logits(chunks, is_abandoned)
+        drawn = _sample(logits, sampling) if sampling else []
+        tokens = {c.request.request_id: t for c, t in zip(sampling, drawn, strict=True)}
         return [tokens[c.request.request_id] for c in batch.chunks if c.samples]
 
-    def _pack(self, chunks: list[Chunk]) -> tuple[ForwardBatch, list[SamplingParams]]:
+    def _logits(self, chunks: list[Chunk], is_abandoned: Callable[[], bool]) -> Tensor:
+        rows = [
+            _Row(c.request.block_table, c.start, c.request.tokens(c.start, c.start + c.num_tokens))
+            for c in chunks
+        ]
+        bucket = None
+        if self.graphs is not None and all(c.num_tokens == 1 and c.samples for c in chunks):
+            bucket = self.graphs.bucket(len(chunks))
+        if self.graphs is not None and bucket is not None:
+            rows += [_Row()] * (bucket - len(rows))
+            return self.graphs.run(self._pack(rows, range(bucket)), len(chunks))
+        sampled = [i for i, c in enumerate(chunks) if c.samples and c.request.sampling is not None]
+        return self.model.forward(self._pack(rows, sampled), self.cache, is_abandoned)
+
+    def _pack(self, rows: Sequence[_Row], sampled: Sequence[int]) -> ForwardBatch:
+        """Lay out rows; the last token of each of ``sampled`` gets logits."""
         device = self.model.device
         input_ids: list[int] = []
         position_ids: list[int] = []
-        logit_rows: list[int] = []
-        sampling: list[SamplingParams] = []
-        for chunk in chunks:
-            end = chunk.start + chunk.num_tokens
-            input_ids += chunk.request.tokens(chunk.start, end)
-            position_ids += range(chunk.start, end)
-            if chunk.samples and chunk.request.sampling is not None:
-                logit_rows.append(len(input_ids) - 1)
-                sampling.append(chunk.request.sampling)
-        attention = make_attention_batch(
-            [chunk.request.block_table for chunk in chunks],
-            [chunk.start for chunk in chunks],
-            [chunk.num_tokens for chunk in chunks],
+        last_tokens: list[int] = []
+        for row in rows:
+            input_ids += row.token_ids
+            start = max(row.start, 0)
+            position_ids += range(start, start + len(row.token_ids))
+            last_tokens.append(len(input_ids) - 1)
+        attention = self.model.kernels.make_batch(
+            [row.block_table for row in rows],
+            [row.start for row in rows],
+            [len(row.token_ids) for row in rows],
             self.cache.block_size,
             device,
         )
-        forward = ForwardBatch(
+        return ForwardBatch(
             input_ids=torch.tensor([input_ids], device=device),
             position_ids=torch.tensor([position_ids], device=device),
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
+            logit_rows=torch.tensor([last_tokens[i] for i in sampled], dtype=torch.int64).to(
+                device
+            ),
             attention=attention,
         )
-        return forward, sampling
+
+
+def _sample(logits: Tensor, chunks: list[Chunk]) -> list[int]:
+    parameters: list[SamplingParams] = []
+    for chunk in chunks:
+        assert chunk.request.sampling is not None
+        parameters.append(chunk.request.sampling)
+    return sample(logits, parameters, [chunk.request.num_tokens for chunk in chunks])
 
 
 def _packing_order(chunk: Chunk) -> tuple[bool, int]:

@@ -11,19 +11,20 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
+from transformers import AttentionInterface, AutoConfig
 from transformers import AutoModelForCausalLM as AutoModel
 
 from antiphon.errors import ConfigError, StepAbandonedError, UnsupportedModelError
-from antiphon.kernels.attention import paged_attention
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
-from antiphon.kernels.reference import prefill_attention, write_kv
+from antiphon.kernels.kernel_set import KernelSet
+from antiphon.kernels.paged_kv import PagedKV
+from antiphon.kernels.reference import prefill_attention
+from antiphon.workers.forward_batch import ForwardBatch
 from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,13 @@ class PagedStep:
     """Attention of one step: write the new KV, then attend to the pages."""
 
     def __init__(
-        self, cache: KVCache, batch: AttentionBatch, is_abandoned: Callable[[], bool]
+        self,
+        kernels: KernelSet,
+        cache: KVCache,
+        batch: AttentionBatch,
+        is_abandoned: Callable[[], bool],
     ) -> None:
+        self._kernels = kernels
         self._cache = cache
         self._batch = batch
         self._is_abandoned = is_abandoned
@@ -66,9 +72,9 @@ class PagedStep:
         """
         if self._is_abandoned():  # once a layer: a step of a long prompt may take seconds
             raise StepAbandonedError
-        k_cache, v_cache = self._cache.keys[layer], self._cache.values[layer]
-        write_kv(key, value, k_cache, v_cache, self._batch.slot_mapping)
-        return paged_attention(query, k_cache, v_cache, self._batch, features)
+        kv = self._cache.layers[layer]
+        query = self._kernels.write_kv(query, key, value, kv, self._batch.slot_mapping)
+        return self._kernels.paged_attention(query, kv, self._batch, features)
 
 
 class _Probe:
@@ -85,9 +91,9 @@ class _Probe:
         self.layers[layer] = LayerLayout(key.shape[1], key.shape[2], value.shape[2])
         num_tokens = query.shape[0]
         slots = torch.arange(num_tokens, device=query.device)
-        table = torch.zeros(1, dtype=torch.int64, device=query.device)
-        batch = AttentionBatch(0, (0, num_tokens), (num_tokens,), (table,), (0,), slots)
-        return prefill_attention(query, key[None], value[None], batch, features)
+        table = torch.zeros(1, 1, dtype=torch.int32, device=query.device)
+        batch = AttentionBatch(0, (0, num_tokens), (num_tokens,), table, (0,), slots)
+        return prefill_attention(query, PagedKV(key[None], value[None]), batch, features)
 
 
 def _attention_forward(
@@ -123,46 +129,29 @@ def _attention_chunk(module: torch.nn.Module, layer: int) -> int | None:
     return None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The pages carry what a mask would."""
-
-
 AttentionInterface.register(ATTENTION_NAME, _attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardBatch:
-    """Everything one forward pass reads, besides weights and cache.
-
-    Attributes:
-        input_ids: ``[1, T]`` int64, packed.
-        position_ids: ``[1, T]`` int64.
-        logit_rows: ``[num_samples]`` int64, the packed tokens whose logits are wanted.
-        attention: Where each request's tokens are.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    logit_rows: Tensor
-    attention: AttentionBatch
 
 
 class PagedModel:
     """A loaded model and its KV layout.
 
     Args:
-        model: A transformers causal language model in evaluation mode; its dtype is the cache's.
+        model: A transformers causal language model in evaluation mode.
+        kernels: The ops of its attention.
 
     Raises:
         UnsupportedModelError: The family cannot be served; the message names it and says why.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kernels: KernelSet) -> None:
         self.model = model
+        self.kernels = kernels
         self.device: torch.device = model.device
         self.family: str = model.config.model_type
         self.config = model.config.get_text_config()
+        # transformers hands a mask of four dimensions on as it is; given none, it looks for packed
+        # prompts in the positions, which costs a wait for the device in every step.
+        self._no_mask = torch.empty(1, 1, 1, 1, device=self.device)
         self.max_context_tokens = _max_context_tokens(self.config)
         parameters = inspect.signature(model.forward).parameters
         if "logits_to_keep" not in parameters or "position_ids" not in parameters:
@@ -171,7 +160,7 @@ class PagedModel:
                 "logits_to_keep, so prompts cannot be packed"
             )
         with torch.inference_mode():
-            self.layout = KVLayout(self._probe(), model.dtype)
+            self.layout = KVLayout(self._probe(), model.dtype, model.dtype)
 
     @torch.inference_mode()
     def forward(
@@ -190,15 +179,23 @@ class PagedModel:
         Raises:
             StepAbandonedError: ``is_abandoned`` said so; KV of the step is incomplete.
         """
-        token = _attender.set(PagedStep(cache, batch.attention, is_abandoned))
+        token = _attender.set(PagedStep(self.kernels, cache, batch.attention, is_abandoned))
         try:
-            return self._logits(batch.input_ids, batch.position_ids, batch.logit_rows)
+            return self._logits(
+                batch.input_ids, batch.position_ids, batch.logit_rows, self._no_mask
+            )
         finally:
             _attender.reset(token)
 
-    def _logits(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
+    def _logits(
+        self, input_ids: Tensor, position_ids: Tensor, rows: Tensor, mask: Tensor | None
+    ) -> Tensor:
         output = self.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=rows
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            use_cache=False,
+            logits_to_keep=rows,
         )
         logits: Tensor = output.logits[0]
         return logits
@@ -214,7 +211,7 @@ class PagedModel:
         token = _attender.set(probe)
         try:
             self.model.set_attn_implementation(ATTENTION_NAME)
-            actual = self._logits(input_ids, position_ids, rows)
+            actual = self._logits(input_ids, position_ids, rows, self._no_mask)
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -237,7 +234,7 @@ class PagedModel:
     def _eager_logits(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         try:
             self.model.set_attn_implementation("eager")
-            return self._logits(input_ids, position_ids, rows)
+            return self._logits(input_ids, position_ids, rows, None)
         except Exception as error:
             raise self._unsupported(f"it cannot run on packed tokens: {error}") from error
 
@@ -245,7 +242,9 @@ class PagedModel:
         return UnsupportedModelError(f"model family {self.family!r} cannot be served: {reason}")
 
 
-def load_model(folder: Path, dtype: torch.dtype | None, device: torch.device) -> PagedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype | None, device: torch.device, kernels: KernelSet
+) -> PagedModel:
     """Load weights from a folder, in the checkpoint's own dtype if ``dtype`` is None.
 
     Raises:
@@ -260,7 +259,7 @@ def load_model(folder: Path, dtype: torch.dtype | None, device: torch.device) ->
         raise ConfigError(
             f"{folder}: cannot be loaded as a causal language model: {error}"
         ) from error
-    return PagedModel(model)
+    return PagedModel(model, kernels)
 
 
 def _max_context_tokens(config: Any) -> int:

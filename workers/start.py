@@ -5,13 +5,14 @@ import logging
 import os
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
 from antiphon.errors import ConfigError
+from antiphon.kernels.selection import select_kernels
 from antiphon.messages import Role, WorkerCard
 from antiphon.metrics import Metrics
 from antiphon.workers.engine import Engine
@@ -23,7 +24,7 @@ from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.handoff.wire import WireFormat
-from antiphon.workers.kv_cache import KVCache
+from antiphon.workers.kv_cache import KVCache, KVLayout
 from antiphon.workers.memory_plan import num_kv_blocks
 from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.model_source import fingerprint
@@ -82,14 +83,16 @@ def load(settings: WorkerSettings) -> Loaded:
     engine = settings.engine
     torch.set_num_threads(engine.num_threads)
     device = torch.device(_device_name(engine))
-    model = load_model(settings.model_folder, _dtype(settings.model, device), device)
+    kernels = select_kernels(device, settings.role.value)
+    model = load_model(settings.model_folder, _dtype(settings.model, device), device, kernels)
     limit = settings.model.max_context_tokens or model.max_context_tokens
     if limit > model.max_context_tokens:
         raise ConfigError(
             f"model.max_context_tokens: got {limit}; the model's own limit is "
             f"{model.max_context_tokens}"
         )
-    num_blocks = num_kv_blocks(model.layout, engine, device, limit)
+    layout = cache_layout(model.layout, engine, settings.handoff)
+    num_blocks = num_kv_blocks(layout, engine, device, limit)
     # A request must always fit alone, or it could never finish.
     max_context_tokens = min(limit, num_blocks * engine.block_size)
     if max_context_tokens < limit:
@@ -97,9 +100,18 @@ def load(settings: WorkerSettings) -> Loaded:
             "context is %d of %d tokens: engine.kv_cache_bytes holds no more",
             max_context_tokens, limit,
         )  # fmt: skip
-    cache = KVCache(model.layout, num_blocks, engine.block_size, device)
+    cache = KVCache(layout, num_blocks, engine.block_size, device, kernels)
     logger.info("loaded %s in %.1f s", settings.model_folder, time.monotonic() - started_at)
     return Loaded(model, cache, fingerprint(settings.model_folder), max_context_tokens)
+
+
+def cache_layout(layout: KVLayout, engine: EngineConfig, handoff: HandoffConfig) -> KVLayout:
+    """The model's KV in the dtypes that are configured for the cache and the wire."""
+    return replace(
+        layout,
+        dtype=_kv_dtype(engine.kv_cache_dtype, layout.dtype),
+        wire_dtype=_kv_dtype(handoff.wire_dtype, layout.dtype),
+    )
 
 
 async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transport) -> Worker:
@@ -178,16 +190,17 @@ def _card(settings: WorkerSettings, loaded: Loaded, port: int) -> WorkerCard:
         block_size=loaded.cache.block_size,
         num_blocks=loaded.cache.num_blocks,
         max_context_tokens=loaded.max_context_tokens,
-        kv_bytes_per_token=loaded.cache.num_bytes_per_token,
+        kv_bytes_per_token=loaded.cache.layout.num_bytes_per_token,
+        wire_bytes_per_token=loaded.cache.layout.num_wire_bytes_per_token,
         pid=os.getpid(),
         node=settings.host,
     )
 
 
 def _wire_format(loaded: Loaded) -> WireFormat:
-    layout = loaded.model.layout
+    layout = loaded.cache.layout
     layers = tuple((x.num_kv_heads, x.k_head_dim, x.v_head_dim) for x in layout.layers)
-    return WireFormat(loaded.fingerprint, layers, str(layout.dtype).removeprefix("torch."))
+    return WireFormat(loaded.fingerprint, layers, str(layout.wire_dtype).removeprefix("torch."))
 
 
 def _scheduler_config(settings: WorkerSettings, device: torch.device) -> SchedulerConfig:
@@ -206,6 +219,13 @@ def _device_name(engine: EngineConfig) -> str:
     if engine.device == "cuda" and not has_gpu:
         raise ConfigError("engine.device: got 'cuda', but this worker sees no GPU; set num_gpus: 1")
     return "cuda" if has_gpu and engine.device != "cpu" else "cpu"
+
+
+def _kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return model_dtype
+    dtype: torch.dtype = torch.float8_e4m3fn if name == "fp8" else getattr(torch, name)
+    return dtype
 
 
 def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype | None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from antiphon.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+KVDtype = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8"]
 
 
 class _Section(BaseModel):
@@ -53,6 +54,11 @@ class EngineConfig(_Section):
     kv_cache_bytes: Annotated[ByteSize, Field(gt=0)] | None = Field(
         None, description="Memory for KV, such as 2GiB; default: derived from what is free."
     )
+    kv_cache_dtype: KVDtype = Field(
+        "auto",
+        description="Of K and V in this pool's cache; auto: the model's. int8 and fp8 halve a "
+        "16-bit cache at some loss of accuracy.",
+    )
     max_batch_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="Token budget of one step, prompts in what decode steps leave; "
@@ -69,6 +75,9 @@ class EngineConfig(_Section):
         "auto", description="auto: a GPU if there is one."
     )
     prefix_cache: bool = Field(True, description="Keep finished blocks for later prompts.")
+    cuda_graphs: bool = Field(
+        True, description="On a GPU, replay decode steps from CUDA graphs captured at start."
+    )
 
 
 class PoolConfig(_Section):
@@ -88,6 +97,10 @@ class HandoffConfig(_Section):
     """How KV crosses from prefill to decode workers."""
 
     transport: Literal["gloo"] = Field("gloo", description="What carries KV segments.")
+    wire_dtype: KVDtype = Field(
+        "auto",
+        description="Of K and V between the pools, whatever their caches hold; auto: the model's.",
+    )
     timeout_seconds: Annotated[float, Field(gt=0)] = Field(
         60.0, description="From asking a prefill worker to the last segment; then computed locally."
     )

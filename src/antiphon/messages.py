@@ -85,7 +85,8 @@ class WorkerCard(msgspec.Struct, frozen=True):
     block_size: int
     num_blocks: int
     max_context_tokens: int
-    kv_bytes_per_token: int
+    kv_bytes_per_token: int  # in the cache
+    wire_bytes_per_token: int  # in a hand-off
     pid: int
     node: str
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from antiphon.kernels.attention import paged_attention
 from antiphon.kernels.attention_batch import (
     MAX_GROUPED_SEQ_LEN,
     AttentionFeatures,
     make_attention_batch,
 )
+from antiphon.kernels.paged_kv import PagedKV
 from antiphon.kernels.reference import write_kv
+from antiphon.kernels.torch_kernels import TorchKernels
 
 NUM_BLOCKS, BLOCK_SIZE = 48, 8
 K_DIM, V_DIM = 16, 12
@@ -46,15 +47,16 @@ class Case:
     heads: tuple[int, int]
     shape: list[tuple[int, int]]
     scattered: bool
-    k_cache: Tensor = field(init=False)
-    v_cache: Tensor = field(init=False)
+    kv: PagedKV = field(init=False)
 
     def __post_init__(self) -> None:
         rng = random.Random(len(self.shape))
         torch.manual_seed(0)
         num_kv_heads = self.heads[1]
-        self.k_cache = torch.full((NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, K_DIM), math.nan)
-        self.v_cache = torch.full((NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, V_DIM), math.nan)
+        self.kv = PagedKV(
+            torch.full((NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, K_DIM), math.nan),
+            torch.full((NUM_BLOCKS, BLOCK_SIZE, num_kv_heads, V_DIM), math.nan),
+        )
         free = list(range(NUM_BLOCKS))
         if self.scattered:
             rng.shuffle(free)
@@ -84,12 +86,12 @@ class Case:
         )
         for index, (start, _) in enumerate(self.shape):  # what earlier steps wrote
             k, v = self.keys[index][:start], self.values[index][:start]
-            write_kv(k, v, self.k_cache, self.v_cache, self.slots(index, 0, start))
+            write_kv(k, k, v, self.kv, self.slots(index, 0, start))
         new_keys = torch.cat([k[s:] for k, (s, _) in zip(self.keys, self.shape, strict=True)])
         new_values = torch.cat([v[s:] for v, (s, _) in zip(self.values, self.shape, strict=True)])
-        write_kv(new_keys, new_values, self.k_cache, self.v_cache, batch.slot_mapping)
+        write_kv(new_keys, new_keys, new_values, self.kv, batch.slot_mapping)
         query = torch.cat(self.queries)
-        return paged_attention(query, self.k_cache, self.v_cache, batch, features)
+        return TorchKernels().paged_attention(query, self.kv, batch, features)
 
     def expected(self, features: AttentionFeatures) -> Tensor:
         rows = []

@@ -33,6 +33,7 @@ class Cluster:
             num_blocks=1000,
             max_context_tokens=8192,
             kv_bytes_per_token=46_080,
+            wire_bytes_per_token=46_080,
             pid=1,
             node="node",
         )

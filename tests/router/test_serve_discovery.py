@@ -66,6 +66,7 @@ def build_app():
                 num_blocks=64,
                 max_context_tokens=1024,
                 kv_bytes_per_token=2,
+                wire_bytes_per_token=2,
                 pid=os.getpid(),
                 node="here",
             )

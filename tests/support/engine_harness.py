@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+from kv_contents import fill_with_garbage
 
 from antiphon.messages import BlockHash, Load, RequestOutput, SamplingParams
 from antiphon.workers.engine import Engine
@@ -86,9 +87,10 @@ class EngineHarness:
     def __init__(self, model: PagedModel, shape: EngineShape) -> None:
         self.listener = Collector()
         model.model.set_attn_implementation(ATTENTION_NAME)  # the oracle shares the weights
-        cache = KVCache(model.layout, shape.num_blocks, shape.block_size, torch.device("cpu"))
-        for tensor in (*cache.keys, *cache.values):
-            tensor.fill_(float("nan"))  # what was never written must never be read
+        cache = KVCache(
+            model.layout, shape.num_blocks, shape.block_size, model.device, model.kernels
+        )
+        fill_with_garbage(cache)
         self.engine = Engine(ModelRunner(model, cache), shape.scheduler, self.listener)
         if shape.scatter:
             self.engine.call(_shuffle_free_blocks)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from kv_contents import fill_with_garbage
 
 from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
+from antiphon.kernels.torch_kernels import TorchKernels
 from antiphon.messages import (
     Abort,
     PrefillPeer,
@@ -25,7 +26,7 @@ from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.kv_cache import KVCache
 from antiphon.workers.paged_model import ATTENTION_NAME, PagedModel
 from antiphon.workers.session import ClientSession
-from antiphon.workers.start import Loaded, WorkerSettings, run_worker
+from antiphon.workers.start import Loaded, WorkerSettings, cache_layout, run_worker
 from antiphon.workers.worker import Worker
 
 WAIT_SECONDS = 60.0
@@ -42,11 +43,11 @@ async def start(
 ) -> Worker:
     """Start a worker over a model that may be shared with others."""
     engine = engine or EngineConfig()
-    paged = PagedModel(model)
+    paged = PagedModel(model, TorchKernels())
     model.set_attn_implementation(ATTENTION_NAME)
-    cache = KVCache(paged.layout, num_blocks, engine.block_size, torch.device("cpu"))
-    for tensor in (*cache.keys, *cache.values):
-        tensor.fill_(float("nan"))  # what was never written must never be read
+    layout = cache_layout(paged.layout, engine, handoff or HandoffConfig())
+    cache = KVCache(layout, num_blocks, engine.block_size, paged.device, paged.kernels)
+    fill_with_garbage(cache)
     settings = WorkerSettings(
         role=role,
         replica_id=f"{role}-{uuid.uuid4().hex[:6]}",

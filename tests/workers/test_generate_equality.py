@@ -11,6 +11,7 @@ from engine_harness import WAIT_SECONDS, EngineHarness, EngineShape, check_idle
 from tiny_models import FAMILIES, REFUSED, VOCAB_SIZE, oracle, tiny_model
 
 from antiphon.errors import UnsupportedModelError
+from antiphon.kernels.torch_kernels import TorchKernels
 from antiphon.messages import SamplingParams
 from antiphon.workers.paged_model import PagedModel
 from antiphon.workers.request import Request
@@ -44,7 +45,7 @@ def expected(family: str) -> tuple[Any, dict[str, list[int]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_matches_generate(family: str, shape: EngineShape) -> None:
     model, tokens = expected(family)
-    with EngineHarness(PagedModel(model), shape) as harness:
+    with EngineHarness(PagedModel(model, TorchKernels()), shape) as harness:
         assert harness.generate(prompts(), MAX_TOKENS) == tokens
         again = {f"{name} again": prompt for name, prompt in prompts().items()}
         repeated = harness.generate(again, MAX_TOKENS)
@@ -62,7 +63,7 @@ def _was_preempted(scheduler: Scheduler) -> None:
 @pytest.mark.parametrize("family", REFUSED)
 def test_family_without_paged_attention_is_refused_by_name(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match=family):
-        PagedModel(tiny_model(family))
+        PagedModel(tiny_model(family), TorchKernels())
 
 
 def test_a_step_that_nobody_waits_for_ends_between_layers() -> None:
@@ -70,7 +71,7 @@ def test_a_step_that_nobody_waits_for_ends_between_layers() -> None:
     model, tokens = expected("llama")
     started, may_go_on = threading.Event(), threading.Event()
     num_layers: list[int] = []
-    paged = PagedModel(model)
+    paged = PagedModel(model, TorchKernels())
     with EngineHarness(paged, EngineShape()) as harness:
 
         def hold(module: torch.nn.Module, inputs: object) -> None:

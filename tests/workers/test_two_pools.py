@@ -86,11 +86,11 @@ def test_only_what_decode_lacks_crosses() -> None:
         prompt = prompts()[-2]
         await client.finish(client.submit(prompt, MAX_TOKENS, peer_of(prefill)))
         first = decode.generate.receiver.counters().received_bytes
-        assert first == 44 * decode.card.kv_bytes_per_token
+        assert first == 44 * decode.card.wire_bytes_per_token
         longer = prompt[:40] + [5] * 10
         await client.finish(client.submit(longer, MAX_TOKENS, peer_of(prefill)))
         second = decode.generate.receiver.counters().received_bytes - first
-        assert second == (49 - 32) * decode.card.kv_bytes_per_token
+        assert second == (49 - 32) * decode.card.wire_bytes_per_token
         await assert_idle(prefill, decode)
         for closing in (client.session, prefill, decode):
             await closing.close()

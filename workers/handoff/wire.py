@@ -59,7 +59,7 @@ class WireFormat:
         ]
         raise LayoutMismatchError(
             f"{peer} has another KV layout: {'; '.join(differences)}. "
-            "Prefill and decode workers must serve the same model in the same KV dtype"
+            "Prefill and decode workers must serve the same model with the same handoff.wire_dtype"
         )
 
 

@@ -1,0 +1,66 @@
+"""The ops that a worker runs: one set for the CPU, one for each pool and GPU architecture.
+
+``select_kernels`` is the one place that picks. The engine calls the set it was given and never asks
+what is behind it.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
+from antiphon.kernels.paged_kv import PagedKV, Rotary, WireKV
+
+
+class KernelSet(Protocol):
+    """What the engine calls. Shapes are documented once, at the ops in ``reference``."""
+
+    name: str
+    """For logs and metrics: torch, or target and pool such as sm_90/decode."""
+
+    def make_batch(
+        self,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        block_size: int,
+        device: torch.device,
+    ) -> AttentionBatch:
+        """Lay out a packed batch; requests with one new token come first, by rising length."""
+        ...
+
+    def write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv: PagedKV,
+        slot_mapping: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Rotate queries and keys, write keys and values; return the queries."""
+        ...
+
+    def paged_attention(
+        self, query: Tensor, kv: PagedKV, batch: AttentionBatch, features: AttentionFeatures
+    ) -> Tensor:
+        """Attend from every new token of a packed batch to its request's context."""
+        ...
+
+    def gather_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
+        """Copy KV of cache slots into wire order."""
+        ...
+
+    def scatter_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
+        """Copy KV in wire order to cache slots."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+        """Normalise the last dimension and scale it."""
+        ...
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """``silu(first half) * second half`` of the last dimension."""
+        ...

@@ -1,0 +1,73 @@
+"""The set of torch ops, which runs on any device: the CPU path, and what GPU kernels must equal."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from antiphon.kernels import reference
+from antiphon.kernels.attention_batch import (
+    AttentionBatch,
+    AttentionFeatures,
+    make_attention_batch,
+)
+from antiphon.kernels.paged_kv import PagedKV, Rotary, WireKV
+
+
+class TorchKernels:
+    """See ``KernelSet``; every op is the reference."""
+
+    name = "torch"
+    captures_graphs = False
+
+    def make_batch(
+        self,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        block_size: int,
+        device: torch.device,
+    ) -> AttentionBatch:
+        """Lay out a packed batch."""
+        return make_attention_batch(tables, starts, counts, block_size, device)
+
+    def write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv: PagedKV,
+        slot_mapping: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Rotate, then write to the cache."""
+        return reference.write_kv(query, key, value, kv, slot_mapping, rotary)
+
+    def paged_attention(
+        self, query: Tensor, kv: PagedKV, batch: AttentionBatch, features: AttentionFeatures
+    ) -> Tensor:
+        """Decode requests first, then the others."""
+        num_decode = batch.num_decode_requests
+        if num_decode == len(batch.seq_lens):
+            return reference.decode_attention(query, kv, batch, features)
+        prefill = reference.prefill_attention(query[num_decode:], kv, batch, features)
+        if num_decode == 0:
+            return prefill
+        decode = reference.decode_attention(query[:num_decode], kv, batch, features)
+        return torch.cat([decode, prefill])
+
+    def gather_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
+        """Cache to wire."""
+        reference.gather_kv(layers, slots, wire)
+
+    def scatter_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
+        """Wire to cache."""
+        reference.scatter_kv(layers, slots, wire)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+        """Normalise and scale."""
+        return reference.rms_norm(x, weight, eps, unit_offset)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """Gate and up."""
+        return reference.silu_and_mul(x)

@@ -1,0 +1,88 @@
+"""The tuned configurations: one table, by architecture and pool; nothing is tuned while serving.
+
+A row exists only if the compile tests have shown that it neither spills nor asks for more shared
+memory than its target has, and that its registers allow the occupancy it names. ``head_dim`` is
+the padded one (64, 128, 256) and ``bits`` the width of a cache element.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from antiphon.errors import ConfigError
+
+Role = Literal["prefill", "decode", "colocated"]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """One program computes ``block_m`` query rows of one head against tiles of ``block_n`` keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    min_ctas_per_sm: int = 1  # the occupancy that registers and shared memory must allow
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """One program computes the query heads of one KV head against a part of one context."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    min_ctas_per_sm: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What one pool's workers run on one architecture.
+
+    Attributes:
+        target: sm_80, sm_90, sm_100 or gfx942.
+        role: The pool; colocated workers take each op from the pool that lives on it.
+        prefill_attention: By ``(head_dim, bits)``.
+        decode_attention: By ``(head_dim, bits)``.
+        shared_prefix_attention: By ``(head_dim, bits)``; ``block_m`` is its most query rows.
+        shared_prefix_min_tokens: Shorter common prefixes are not worth a launch of their own.
+    """
+
+    target: str
+    role: Role
+    prefill_attention: Mapping[tuple[int, int], PrefillConfig]
+    decode_attention: Mapping[tuple[int, int], DecodeConfig]
+    shared_prefix_attention: Mapping[tuple[int, int], PrefillConfig]
+    shared_prefix_min_tokens: int = 512
+
+
+_PREFILL = {(d, b): PrefillConfig(64, 64, 4, 2) for d in (64, 128, 256) for b in (8, 16, 32)}
+_DECODE = {(d, b): DecodeConfig(64, 4, 2) for d in (64, 128, 256) for b in (8, 16, 32)}
+_SHARED = {(d, b): PrefillConfig(64, 64, 4, 2) for d in (64, 128, 256) for b in (8, 16, 32)}
+
+TABLE: tuple[Tuning, ...] = (
+    Tuning("sm_80", "prefill", _PREFILL, _DECODE, _SHARED),
+    Tuning("sm_80", "decode", _PREFILL, _DECODE, _SHARED),
+    Tuning("sm_90", "prefill", _PREFILL, _DECODE, _SHARED),
+    Tuning("sm_90", "decode", _PREFILL, _DECODE, _SHARED),
+    Tuning("sm_100", "prefill", _PREFILL, _DECODE, _SHARED),
+    Tuning("sm_100", "decode", _PREFILL, _DECODE, _SHARED),
+    Tuning("gfx942", "prefill", _PREFILL, _DECODE, _SHARED),
+    Tuning("gfx942", "decode", _PREFILL, _DECODE, _SHARED),
+)
+
+
+def tuning_for(target: str, role: Role) -> Tuning:
+    """Look up a pool's configurations.
+
+    Raises:
+        ConfigError: The table has no row for the architecture; names those it has.
+    """
+    if role == "colocated":
+        prefill = tuning_for(target, "prefill").prefill_attention
+        return replace(tuning_for(target, "decode"), role=role, prefill_attention=prefill)
+    for tuning in TABLE:
+        if (tuning.target, tuning.role) == (target, role):
+            return tuning
+    known = ", ".join(sorted({tuning.target for tuning in TABLE}))
+    raise ConfigError(f"no kernels are tuned for {target}; the table has {known}")
