@@ -120,6 +120,7 @@ class DecodePlan:
         prefix_lens: ``[num_decode_requests]`` int32, leading tokens that the shared items cover.
         part_offsets: ``[num_decode_requests + 1]`` int32.
         num_rows: Rows of the workspace.
+        members_per_item: Most members of one shared item.
     """
 
     items: Tensor
@@ -128,6 +129,7 @@ class DecodePlan:
     prefix_lens: Tensor
     part_offsets: Tensor
     num_rows: int
+    members_per_item: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,3 +122,20 @@ def attend_range(
         acc = tl.dot(weights.to(query.dtype), values.to(query.dtype), acc, input_precision="ieee")
         top = new_top
     return acc, top, total
+
+
+@triton.jit
+def store_partial(
+    partial_ptr, lse_ptr, rows, exists, acc, top, total, V_DIM: tl.constexpr, V_PAD: tl.constexpr
+):
+    """Write what a part of a context amounts to: its output and log-sum-exp, base 2, per row."""
+    columns = tl.arange(0, V_PAD)
+    empty = total == 0.0
+    safe = tl.where(empty, 1.0, total)
+    tl.store(
+        partial_ptr + rows[:, None] * V_DIM + columns[None, :],
+        acc / safe[:, None],
+        mask=exists[:, None] & (columns[None, :] < V_DIM),
+    )
+    lse = tl.where(empty, float("-inf"), top + tl.log2(safe))
+    tl.store(lse_ptr + rows, lse, mask=exists)

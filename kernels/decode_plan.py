@@ -1,0 +1,172 @@
+"""How the contexts of a decode step are divided over programs.
+
+A step's time is that of its busiest multiprocessor, so contexts are cut into parts of nearly equal
+length: the shortest for which all parts still run at once. Requests whose block tables begin with
+the same blocks form a group, and that prefix is attended once for all of them.
+
+Every tensor's size follows from the number of requests and the capacity alone; what is not needed
+is padded with items that do nothing. So a captured graph can be fed a new plan.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from antiphon.kernels.attention_batch import DecodePlan
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCapacity:
+    """What a device runs at once.
+
+    Attributes:
+        num_items: Work items: resident programs divided by KV heads.
+        block_n: Keys of a tile; parts are whole tiles.
+        members_per_item: Requests that one item of a shared prefix serves.
+        shared_prefix_min_tokens: Shorter common prefixes are left to each request.
+    """
+
+    num_items: int
+    block_n: int
+    members_per_item: int
+    shared_prefix_min_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    members: list[int]
+    prefix_len: int
+
+
+def plan_decode(
+    seq_lens: Sequence[int],
+    tables: Sequence[Sequence[int]],
+    block_size: int,
+    capacity: DecodeCapacity,
+    device: torch.device,
+) -> DecodePlan:
+    """Plan a decode step.
+
+    Args:
+        seq_lens: Tokens in each context, the new one included; 0 for padding.
+        tables: Block ids of each request.
+        block_size: Tokens per block.
+        capacity: What the device runs at once.
+        device: Where the plan is read.
+    """
+    num_requests = len(seq_lens)
+    groups = _find_groups(seq_lens, tables, block_size, capacity.shared_prefix_min_tokens)
+    prefix_lens = [0] * num_requests
+    for group in groups:
+        for member in group.members:
+            prefix_lens[member] = group.prefix_len
+    own_lens = [end - prefix for end, prefix in zip(seq_lens, prefix_lens, strict=True)]
+
+    # One item for each request and one for each of its group's tiles must always fit.
+    max_items = max(capacity.num_items, 2 * num_requests)
+    num_rows = 3 * max_items
+    part_len = _part_len(own_lens, groups, capacity, max_items, num_rows)
+    shared_parts = [0] * num_requests
+    shared_items: list[tuple[int, int, int, int, int]] = []
+    members: list[int] = []
+    for group in groups:
+        num_parts = -(-group.prefix_len // part_len)
+        for first in range(0, len(group.members), capacity.members_per_item):
+            some = group.members[first : first + capacity.members_per_item]
+            bounds = (len(members), len(members) + len(some))
+            members += some
+            shared_items += [(*bounds, p, num_parts, group.prefix_len) for p in range(num_parts)]
+        for member in group.members:
+            shared_parts[member] = num_parts
+    own_parts = [-(-length // part_len) for length in own_lens]
+    offsets = list(
+        accumulate((a + b for a, b in zip(shared_parts, own_parts, strict=True)), initial=0)
+    )
+    items = [
+        (request, part, own_parts[request], offsets[request] + shared_parts[request] + part)
+        for request in range(num_requests)
+        for part in range(own_parts[request])
+    ]
+    # Longest first does not matter among equals; padding goes last.
+    items += [(-1, 0, 1, 0)] * (max_items - len(items))
+    shared_items += [(0, 0, 0, 1, 0)] * (max_items - len(shared_items))
+    members += [0] * (num_requests - len(members))
+
+    def int32(values: object) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    return DecodePlan(
+        items=int32(items),
+        shared_items=int32(shared_items),
+        members=int32(members),
+        prefix_lens=int32(prefix_lens),
+        part_offsets=int32(offsets),
+        num_rows=num_rows,
+        members_per_item=capacity.members_per_item,
+    )
+
+
+def _part_len(
+    own_lens: Sequence[int],
+    groups: Sequence[_Group],
+    capacity: DecodeCapacity,
+    max_items: int,
+    num_rows: int,
+) -> int:
+    """The shortest part, in whole tiles, for which items and workspace rows suffice."""
+    tiled = [
+        (group.prefix_len, -(-len(group.members) // capacity.members_per_item), len(group.members))
+        for group in groups
+    ]
+
+    def fits(part_len: int) -> bool:
+        num_own = sum(-(-length // part_len) for length in own_lens)
+        shared = [(-(-length // part_len), tiles, count) for length, tiles, count in tiled]
+        num_shared = sum(parts * tiles for parts, tiles, _ in shared)
+        rows = num_own + sum(parts * count for parts, _, count in shared)
+        return num_own + num_shared <= max_items and rows <= num_rows
+
+    longest = max([*own_lens, *(group.prefix_len for group in groups), 1])
+    low, high = 1, -(-longest // capacity.block_n)
+    while low < high:  # `fits` is monotonic in the length
+        middle = (low + high) // 2
+        if fits(middle * capacity.block_n):
+            high = middle
+        else:
+            low = middle + 1
+    return low * capacity.block_n
+
+
+def _find_groups(
+    seq_lens: Sequence[int], tables: Sequence[Sequence[int]], block_size: int, min_tokens: int
+) -> list[_Group]:
+    """Requests that begin with the same blocks, for at least ``min_tokens`` tokens.
+
+    The newest token's block is never shared: it is being written.
+    """
+    min_blocks = max(1, -(-min_tokens // block_size))
+    candidates: dict[int, list[int]] = {}
+    for request, end in enumerate(seq_lens):
+        if (end - 1) // block_size >= min_blocks:
+            candidates.setdefault(tables[request][min_blocks - 1], []).append(request)
+    groups = []
+    for members in candidates.values():
+        while len(members) > 1:
+            leader = members[0]
+            lengths = {m: _common_blocks(tables[leader], tables[m]) for m in members[1:]}
+            alike = [m for m in members[1:] if lengths[m] >= min_blocks]
+            if alike:
+                num_blocks = min(
+                    *(lengths[m] for m in alike),
+                    *((seq_lens[m] - 1) // block_size for m in (leader, *alike)),
+                )
+                groups.append(_Group([leader, *alike], num_blocks * block_size))
+            members = [m for m in members[1:] if m not in alike]
+    return groups
+
+
+def _common_blocks(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
