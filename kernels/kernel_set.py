@@ -61,6 +61,12 @@ class KernelSet(Protocol):
         """Normalise the last dimension and scale it."""
         ...
 
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Add, then normalise the sum; returns the normalised sum, and the sum."""
+        ...
+
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """``silu(first half) * second half`` of the last dimension."""
         ...

@@ -15,10 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, DecodeGroup
 from antiphon.kernels.paged_kv import PagedKV, Rotary, dequantise, quantise
-from antiphon.kernels.reference_layers import rms_norm, silu_and_mul
+from antiphon.kernels.reference_layers import add_rms_norm, rms_norm, silu_and_mul
 from antiphon.kernels.reference_wire import gather_kv, scatter_kv
 
 __all__ = [
+    "add_rms_norm",
     "decode_attention",
     "gather_kv",
     "prefill_attention",

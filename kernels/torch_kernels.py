@@ -68,6 +68,12 @@ class TorchKernels:
         """Normalise and scale."""
         return reference.rms_norm(x, weight, eps, unit_offset)
 
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Add, then normalise and scale."""
+        return reference.add_rms_norm(x, residual, weight, eps, unit_offset)
+
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """Gate and up."""
         return reference.silu_and_mul(x)

@@ -1,0 +1,31 @@
+"""The gate of an MLP against its torch twin, on a GPU or in the interpreter."""
+
+import pytest
+import torch
+
+from antiphon.kernels import reference
+from antiphon.kernels.silu_and_mul import silu_and_mul
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)]
+)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 2050), (2, 2, 96), (0, 64)], ids=str)
+def test_equals_the_reference(
+    shape: tuple[int, ...], dtype: torch.dtype, bound: float, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * 20).to(device, dtype)
+    torch.testing.assert_close(silu_and_mul(x), reference.silu_and_mul(x), rtol=bound, atol=bound)
+
+
+def test_strided_rows(device: torch.device) -> None:
+    wide = torch.randn(4, 96, device=device)
+    assert torch.equal(silu_and_mul(wide[:, :64]), silu_and_mul(wide[:, :64].contiguous()))
+
+
+def test_an_odd_width_is_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="7"):
+        silu_and_mul(torch.zeros(2, 7, device=device))
