@@ -1,10 +1,11 @@
 """The ops that a worker runs: one set for the CPU, one for each pool and GPU architecture.
 
-``select_kernels`` is the one place that picks. The engine calls the set it was given and never asks
+``selection`` is the one place that picks. The engine calls the set it was given and never asks
 what is behind it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,11 +15,35 @@ from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
 from antiphon.kernels.paged_kv import PagedKV, Rotary, WireKV
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What of a model decides which configuration its attention takes.
+
+    Attributes:
+        num_q_heads: Of the layer with most.
+        num_kv_heads: Of the layer with most.
+        head_dim: The widest.
+        cache_dtype: Of K and V.
+    """
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    cache_dtype: torch.dtype
+
+
 class KernelSet(Protocol):
     """What the engine calls. Shapes are documented once, at the ops in ``reference``."""
 
     name: str
     """For logs and metrics: torch, or target and pool such as sm_90/decode."""
+
+    captures_graphs: bool
+    """Whether a decode step reads nothing but tensors, so that a CUDA graph can replay it."""
+
+    def prepare(self, shape: AttentionShape) -> None:
+        """Choose configurations for a model; before the first batch."""
+        ...
 
     def make_batch(
         self,

@@ -11,6 +11,7 @@ from antiphon.kernels.attention_batch import (
     AttentionFeatures,
     make_attention_batch,
 )
+from antiphon.kernels.kernel_set import AttentionShape
 from antiphon.kernels.paged_kv import PagedKV, Rotary, WireKV
 
 
@@ -19,6 +20,9 @@ class TorchKernels:
 
     name = "torch"
     captures_graphs = False
+
+    def prepare(self, shape: AttentionShape) -> None:
+        """Nothing is tuned here."""
 
     def make_batch(
         self,

@@ -36,6 +36,15 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionConfigs:
+    """What the attention of one model takes."""
+
+    prefill: PrefillConfig
+    decode: DecodeConfig
+    shared_prefix: PrefillConfig
+
+
+@dataclass(frozen=True, slots=True)
 class Tuning:
     """What one pool's workers run on one architecture.
 
@@ -54,6 +63,20 @@ class Tuning:
     decode_attention: Mapping[tuple[int, int], DecodeConfig]
     shared_prefix_attention: Mapping[tuple[int, int], PrefillConfig]
     shared_prefix_min_tokens: int = 512
+
+    def attention(self, key: tuple[int, int]) -> AttentionConfigs:
+        """Look up ``(head_dim, bits)``.
+
+        Raises:
+            ConfigError: The table has no such row.
+        """
+        tables = (self.prefill_attention, self.decode_attention, self.shared_prefix_attention)
+        if any(key not in table for table in tables):
+            raise ConfigError(
+                f"no attention is tuned on {self.target} for heads of {key[0]} and a cache of "
+                f"{key[1]} bits; choose another engine.kv_cache_dtype"
+            )
+        return AttentionConfigs(*(table[key] for table in tables))  # type: ignore[arg-type]
 
 
 _PREFILL = {(d, b): PrefillConfig(64, 64, 4, 2) for d in (64, 128, 256) for b in (8, 16, 32)}

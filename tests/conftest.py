@@ -1,11 +1,38 @@
-"""Fixtures that several folders of tests share."""
+"""Fixtures that several folders of tests share, and where kernel tests run.
 
+Those marked ``interpreter`` run on a GPU if there is one, else in Triton's interpreter, which is
+chosen by ``TRITON_INTERPRET=1`` before Triton is imported and cannot share a process with the
+compiler: they are a pytest run of their own, which ``make test`` makes. Others leave them out.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from antiphon.config import DEFAULT_MODEL
 from antiphon.workers.model_source import resolve_model
+
+IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available()
+
+if IN_INTERPRETER:
+    import interpreter_mend  # noqa: F401
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if IN_INTERPRETER or HAS_GPU:
+        return
+    waiting = [item for item in items if item.get_closest_marker("interpreter")]
+    if waiting:
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if not item.get_closest_marker("interpreter")]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU and not IN_INTERPRETER else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from antiphon.kernels.kernel_set import AttentionShape
 from antiphon.messages import SamplingParams
 from antiphon.workers.batch import Batch, Chunk
 from antiphon.workers.decode_graphs import Capture, DecodeGraphs
@@ -30,12 +31,24 @@ class ModelRunner:
     Args:
         model: Computes.
         cache: Holds KV.
+
+    Raises:
+        ConfigError: The kernels have no configuration for the model and its cache.
     """
 
     def __init__(self, model: PagedModel, cache: KVCache) -> None:
         self.model = model
         self.cache = cache
         self.graphs: DecodeGraphs | None = None
+        layers = cache.layout.layers
+        model.kernels.prepare(
+            AttentionShape(
+                num_q_heads=model.num_q_heads,
+                num_kv_heads=max(layer.num_kv_heads for layer in layers),
+                head_dim=max(max(layer.k_head_dim, layer.v_head_dim) for layer in layers),
+                cache_dtype=cache.layout.dtype,
+            )
+        )
 
     def capture_graphs(self, buckets: tuple[int, ...], capture: Capture) -> None:
         """Capture decode steps of these batch sizes; takes seconds each."""

@@ -83,12 +83,14 @@ class _Probe:
     def __init__(self) -> None:
         self.layers: dict[int, LayerLayout] = {}
         self.num_calls = 0
+        self.num_q_heads = 0
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
     ) -> Tensor:
         self.num_calls += 1
         self.layers[layer] = LayerLayout(key.shape[1], key.shape[2], value.shape[2])
+        self.num_q_heads = max(self.num_q_heads, query.shape[1])
         num_tokens = query.shape[0]
         slots = torch.arange(num_tokens, device=query.device)
         table = torch.zeros(1, 1, dtype=torch.int32, device=query.device)
@@ -218,6 +220,7 @@ class PagedModel:
             raise self._unsupported(f"it cannot use another attention: {error}") from error
         finally:
             _attender.reset(token)
+        self.num_q_heads = probe.num_q_heads
         num_layers = self.config.num_hidden_layers
         if sorted(probe.layers) != list(range(num_layers)) or probe.num_calls != num_layers:
             raise self._unsupported(

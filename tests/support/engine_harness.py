@@ -91,7 +91,8 @@ class EngineHarness:
             model.layout, shape.num_blocks, shape.block_size, model.device, model.kernels
         )
         fill_with_garbage(cache)
-        self.engine = Engine(ModelRunner(model, cache), shape.scheduler, self.listener)
+        self.runner = ModelRunner(model, cache)
+        self.engine = Engine(self.runner, shape.scheduler, self.listener)
         if shape.scatter:
             self.engine.call(_shuffle_free_blocks)
 

@@ -1,0 +1,197 @@
+"""The set of Triton ops of one pool on one architecture."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from antiphon.errors import ConfigError
+from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, KernelPlan
+from antiphon.kernels.decode_attention import decode_attention
+from antiphon.kernels.decode_plan import DecodeCapacity, plan_decode
+from antiphon.kernels.gather_kv import SideTable, gather_kv, make_side_tables
+from antiphon.kernels.kernel_set import AttentionShape
+from antiphon.kernels.launch import padded_dim
+from antiphon.kernels.paged_kv import PagedKV, Rotary, WireKV
+from antiphon.kernels.prefill_attention import prefill_attention
+from antiphon.kernels.prefill_plan import plan_prefill
+from antiphon.kernels.rms_norm import add_rms_norm, rms_norm
+from antiphon.kernels.scatter_kv import scatter_kv
+from antiphon.kernels.silu_and_mul import silu_and_mul
+from antiphon.kernels.tuning import AttentionConfigs, Role, Tuning, tuning_for
+from antiphon.kernels.write_kv import write_kv
+
+
+def make_triton_kernels(device: torch.device, role: Role) -> "TritonKernels":
+    """Build the set for a GPU.
+
+    Raises:
+        ConfigError: Nothing is tuned for its architecture.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        target = properties.gcnArchName.split(":")[0]
+    else:
+        target = f"sm_{properties.major}{properties.minor}"
+    return TritonKernels(tuning_for(target, role), properties.multi_processor_count)
+
+
+class TritonKernels:
+    """See ``KernelSet``.
+
+    Args:
+        tuning: Of the pool and architecture.
+        num_sms: Multiprocessors of the device.
+    """
+
+    captures_graphs = True
+
+    def __init__(self, tuning: Tuning, num_sms: int) -> None:
+        self.name = f"{tuning.target}/{tuning.role}"
+        self._tuning = tuning
+        self._num_sms = num_sms
+        self._configs: AttentionConfigs | None = None
+        self._capacity: DecodeCapacity | None = None
+        self._side_tables: dict[int, tuple[SideTable, ...]] = {}
+
+    def prepare(self, shape: AttentionShape) -> None:
+        """Choose configurations for a model and the dtype of its cache.
+
+        Raises:
+            ConfigError: The architecture has no configuration for them.
+        """
+        if shape.cache_dtype == torch.float8_e4m3fn and self._tuning.target == "sm_80":
+            raise ConfigError(
+                "engine.kv_cache_dtype: got fp8, which sm_80 cannot convert; use int8"
+            )
+        key = (max(64, padded_dim(shape.head_dim)), shape.cache_dtype.itemsize * 8)
+        self._configs = self._tuning.attention(key)
+        decode, shared = self._configs.decode, self._configs.shared_prefix
+        resident = self._num_sms * decode.min_ctas_per_sm
+        group = shape.num_q_heads // shape.num_kv_heads
+        self._capacity = DecodeCapacity(
+            num_items=max(1, resident // shape.num_kv_heads),
+            block_n=decode.block_n,
+            members_per_item=max(1, shared.block_m // group),
+            shared_prefix_min_tokens=self._tuning.shared_prefix_min_tokens,
+        )
+
+    def make_batch(
+        self,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        block_size: int,
+        device: torch.device,
+    ) -> AttentionBatch:
+        """Lay out a packed batch and plan its launches.
+
+        A request that starts at -1 has no context: it fills the batch of a captured graph.
+        """
+        assert self._configs is not None, "prepare() comes first"
+        assert self._capacity is not None
+        num_decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
+        seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
+        width = max(1, *map(len, tables))
+        rows = [[*table, *[0] * (width - len(table))] for table in tables]
+        prefill = decode = None
+        if num_decode:
+            decode = plan_decode(
+                seq_lens[:num_decode], tables[:num_decode], block_size, self._capacity, device
+            )
+        if num_decode < len(counts):
+            block_m = self._configs.prefill.block_m
+            prefill = plan_prefill(
+                counts[num_decode:], seq_lens[num_decode:], num_decode, block_m, device
+            )
+        cu_seqlens = list(accumulate(counts, initial=0))
+        return AttentionBatch(
+            num_decode_requests=num_decode,
+            cu_seqlens_q=tuple(cu_seqlens),
+            seq_lens=tuple(seq_lens),
+            block_tables=torch.tensor(rows, dtype=torch.int32, device=device),
+            first_slots=(None,) * len(counts),
+            slot_mapping=torch.tensor(
+                _slots(tables, starts, counts, block_size), dtype=torch.int64, device=device
+            ),
+            plan=KernelPlan(
+                seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+                cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
+                prefill=prefill,
+                decode=decode,
+            ),
+        )
+
+    def write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv: PagedKV,
+        slot_mapping: Tensor,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Rotate, quantise and write in one launch."""
+        return write_kv(query, key, value, kv, slot_mapping, rotary)
+
+    def paged_attention(
+        self, query: Tensor, kv: PagedKV, batch: AttentionBatch, features: AttentionFeatures
+    ) -> Tensor:
+        """Decode requests first, then the others."""
+        configs = self._configs
+        assert configs is not None, "prepare() comes first"
+        plan, num_decode = batch.plan, batch.num_decode_requests
+        decode = prefill = None
+        if num_decode:
+            decode = decode_attention(
+                query[:num_decode], kv, batch, features, configs.decode, configs.shared_prefix
+            )
+        if plan is not None and plan.prefill is not None:
+            prefill = prefill_attention(query[num_decode:], kv, batch, features, configs.prefill)
+        if decode is None or prefill is None:
+            out = prefill if decode is None else decode
+            assert out is not None, "an empty batch"
+            return out
+        return torch.cat([decode, prefill])
+
+    def gather_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
+        """Cache to wire, all layers of a shape in one launch."""
+        gather_kv(layers, slots, wire, self._tables_of(layers))
+
+    def scatter_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
+        """Wire to cache, all layers of a shape in one launch."""
+        scatter_kv(layers, slots, wire, self._tables_of(layers))
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+        """Normalise and scale."""
+        return rms_norm(x, weight, eps, unit_offset)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Add, then normalise and scale."""
+        return add_rms_norm(x, residual, weight, eps, unit_offset)
+
+    def silu_and_mul(self, x: Tensor) -> Tensor:
+        """Gate and up."""
+        return silu_and_mul(x)
+
+    def _tables_of(self, layers: Sequence[PagedKV]) -> tuple[SideTable, ...]:
+        key = layers[0].keys.data_ptr()
+        if key not in self._side_tables:  # one cache for the life of a worker
+            self._side_tables = {key: make_side_tables(layers)}
+        return self._side_tables[key]
+
+
+def _slots(
+    tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], block_size: int
+) -> list[int]:
+    slots = []
+    for table, start, count in zip(tables, starts, counts, strict=True):
+        if start < 0:
+            slots += [-1] * count
+            continue
+        for position in range(start, start + count):
+            slots.append(table[position // block_size] * block_size + position % block_size)
+    return slots
