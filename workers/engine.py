@@ -60,6 +60,7 @@ class EngineStats:
     step_failures: int = 0
     step_failures_in_a_row: int = 0
     num_decode_steps: int = 0  # without prompt tokens
+    num_graph_steps: int = 0  # of those, replayed from a captured graph
     decode_seconds: float = 0.0  # in those
     prefill_tokens_per_second: float = 0.0  # smoothed
     decode_step_seconds: float = 0.0  # smoothed
@@ -274,6 +275,7 @@ class Engine:
         stats.num_preemptions = self._scheduler.num_preemptions
         if num_prompt == 0:
             stats.num_decode_steps += 1
+            stats.num_graph_steps = self._runner.num_graph_steps
             stats.decode_seconds += seconds
             stats.decode_step_seconds = _smoothed(stats.decode_step_seconds, seconds)
         elif num_prompt >= max(_MIN_RATED_TOKENS, 8 * num_sampled):

@@ -27,6 +27,7 @@ class EngineCollector(Collector):
             "antiphon_engine_steps": ("Steps taken.", stats.num_steps),
             "antiphon_engine_step_failures": ("Steps that failed.", stats.step_failures),
             "antiphon_decode_steps": ("Steps without prompt tokens.", stats.num_decode_steps),
+            "antiphon_graph_steps": ("Of those, from a CUDA graph.", stats.num_graph_steps),
             "antiphon_decode_steps_seconds": ("Time in those.", stats.decode_seconds),
             "antiphon_prompt_tokens": ("Prompt tokens computed here.", stats.num_prompt_tokens),
             "antiphon_generation_tokens": ("Tokens sampled here.", stats.num_generated_tokens),

@@ -63,6 +63,11 @@ class ModelRunner:
 
         self.graphs = DecodeGraphs(step, pack_padding, buckets, capture)
 
+    @property
+    def num_graph_steps(self) -> int:
+        """Steps replayed so far."""
+        return 0 if self.graphs is None else self.graphs.num_replays
+
     def run(self, batch: Batch, is_abandoned: Callable[[], bool] = lambda: False) -> list[int]:
         """Compute a batch.
 

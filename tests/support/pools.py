@@ -24,6 +24,7 @@ from antiphon.messages import (
 from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.kv_cache import KVCache
+from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.paged_model import ATTENTION_NAME, PagedModel
 from antiphon.workers.session import ClientSession
 from antiphon.workers.start import Loaded, WorkerSettings, cache_layout, run_worker
@@ -58,7 +59,7 @@ async def start(
         handoff=handoff or HandoffConfig(),
     )
     limit = min(paged.max_context_tokens, num_blocks * engine.block_size)
-    loaded = Loaded(paged, cache, "tiny", limit)
+    loaded = Loaded(ModelRunner(paged, cache), "tiny", limit)
     return await run_worker(settings, loaded, transport or GlooTransport("127.0.0.1"))
 
 

@@ -25,6 +25,7 @@ class ScriptedRunner:
 
     def __init__(self, num_blocks: int = 32, block_size: int = 4) -> None:
         self.cache = SimpleNamespace(num_blocks=num_blocks, block_size=block_size)
+        self.num_graph_steps = 0
         self.failures: list[Exception] = []
         self.gate = threading.Semaphore(1000)
         self.on_run: Callable[[], None] = lambda: None
