@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM as AutoModel
 from antiphon.errors import ConfigError, StepAbandonedError, UnsupportedModelError
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
 from antiphon.kernels.kernel_set import KernelSet
-from antiphon.kernels.paged_kv import PagedKV
-from antiphon.kernels.reference import prefill_attention
+from antiphon.kernels.paged_kv import PagedKV, Rotary
+from antiphon.kernels.reference import prefill_attention, write_kv
 from antiphon.workers.forward_batch import ForwardBatch
 from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
+from antiphon.workers.model_patches import patch_model
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,23 @@ _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 class _Attender(Protocol):
+    rotary: Rotary | None
+
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
     ) -> Tensor: ...
 
 
 _attender: ContextVar[_Attender] = ContextVar("antiphon_attender")
+
+
+def _defer_rotation(cos: Tensor, sin: Tensor) -> bool:
+    """Keep a layer's rotation for its attention; False outside of a step of ours."""
+    attender = _attender.get(None)
+    if attender is None:
+        return False
+    attender.rotary = Rotary(cos[0], sin[0])
+    return True
 
 
 class PagedStep:
@@ -61,6 +73,7 @@ class PagedStep:
         self._cache = cache
         self._batch = batch
         self._is_abandoned = is_abandoned
+        self.rotary: Rotary | None = None  # of the layer that attends next
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
@@ -73,7 +86,9 @@ class PagedStep:
         if self._is_abandoned():  # once a layer: a step of a long prompt may take seconds
             raise StepAbandonedError
         kv = self._cache.layers[layer]
-        query = self._kernels.write_kv(query, key, value, kv, self._batch.slot_mapping)
+        slots, rotary = self._batch.slot_mapping, self.rotary
+        query = self._kernels.write_kv(query, key, value, kv, slots, rotary)
+        self.rotary = None
         return self._kernels.paged_attention(query, kv, self._batch, features)
 
 
@@ -84,6 +99,7 @@ class _Probe:
         self.layers: dict[int, LayerLayout] = {}
         self.num_calls = 0
         self.num_q_heads = 0
+        self.rotary: Rotary | None = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
@@ -95,7 +111,10 @@ class _Probe:
         slots = torch.arange(num_tokens, device=query.device)
         table = torch.zeros(1, 1, dtype=torch.int32, device=query.device)
         batch = AttentionBatch(0, (0, num_tokens), (num_tokens,), table, (0,), slots)
-        return prefill_attention(query, PagedKV(key[None], value[None]), batch, features)
+        kv = PagedKV(torch.empty_like(key[None]), torch.empty_like(value[None]))
+        query = write_kv(query, key, value, kv, slots, self.rotary)
+        self.rotary = None
+        return prefill_attention(query, kv, batch, features)
 
 
 def _attention_forward(
@@ -162,7 +181,9 @@ class PagedModel:
                 "logits_to_keep, so prompts cannot be packed"
             )
         with torch.inference_mode():
-            self.layout = KVLayout(self._probe(), model.dtype, model.dtype)
+            expected = self._eager_logits()
+            self.patched = patch_model(model, kernels, _defer_rotation)
+            self.layout = KVLayout(self._probe(expected), model.dtype, model.dtype)
 
     @torch.inference_mode()
     def forward(
@@ -202,18 +223,13 @@ class PagedModel:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _probe(self) -> tuple[LayerLayout, ...]:
-        """Learn the KV shapes and check the answers against the model's own attention."""
-        vocab_size = self.config.vocab_size
-        input_ids = torch.arange(_PROBE_TOKENS, device=self.device)[None] * 7 % vocab_size
-        position_ids = torch.arange(_PROBE_TOKENS, device=self.device)[None]
-        rows = position_ids[0]
-        expected = self._eager_logits(input_ids, position_ids, rows)
+    def _probe(self, expected: Tensor) -> tuple[LayerLayout, ...]:
+        """Learn the KV shapes and check the answers against the model as it came."""
         probe = _Probe()
         token = _attender.set(probe)
         try:
             self.model.set_attn_implementation(ATTENTION_NAME)
-            actual = self._logits(input_ids, position_ids, rows, self._no_mask)
+            actual = self._logits(*self._probe_input(), self._no_mask)
         except UnsupportedModelError:
             raise
         except Exception as error:
@@ -230,14 +246,18 @@ class PagedModel:
         difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
         if not difference <= _PROBE_TOLERANCE.get(actual.dtype, 1e-3):
             raise self._unsupported(
-                f"paged attention gives other logits than its own attention (by {difference:.1e})"
+                f"our attention and ops give other logits than its own (by {difference:.1e})"
             )
         return tuple(probe.layers[layer] for layer in range(num_layers))
 
-    def _eager_logits(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
+    def _probe_input(self) -> tuple[Tensor, Tensor, Tensor]:
+        positions = torch.arange(_PROBE_TOKENS, device=self.device)
+        return positions[None] * 7 % self.config.vocab_size, positions[None], positions
+
+    def _eager_logits(self) -> Tensor:
         try:
             self.model.set_attn_implementation("eager")
-            return self._logits(input_ids, position_ids, rows, None)
+            return self._logits(*self._probe_input(), None)
         except Exception as error:
             raise self._unsupported(f"it cannot run on packed tokens: {error}") from error
 
