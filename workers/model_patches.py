@@ -46,6 +46,7 @@ def patch_model(model: nn.Module, kernels: KernelSet, defer: Defer) -> Counter[s
         How many modules were replaced, by kind.
     """
     patched: Counter[str] = Counter()
+    module: Any
     for module in model.modules():
         kind: Any = type(module)
         if _same_code(kind, modeling_llama.LlamaRMSNorm, "forward"):
@@ -65,7 +66,7 @@ def patch_model(model: nn.Module, kernels: KernelSet, defer: Defer) -> Counter[s
             if _same_code(type(norm), modeling_llama.LlamaRMSNorm, "forward"):
                 _patch_layer(module, kernels)
                 patched["add_rms_norm"] += 1
-        elif _rotates_last(kind):
+        elif _rotates_last(kind.forward):
             _patch_rotation(module, defer)
             patched["rotation"] += 1
     return patched
@@ -149,17 +150,14 @@ def _is_silu(activation: object) -> bool:
     return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
 
 
-@cache
 def _same_code(kind: Any, known: Any, *methods: str) -> bool:
     return all(
         _code(getattr(kind, method, None)) == _code(getattr(known, method)) for method in methods
     )
 
 
-@cache
-def _rotates_last(kind: Any) -> bool:
-    """Whether ``forward`` rotates halves and then only consults the cache before it attends."""
-    forward = getattr(kind, "forward", None)
+def _rotates_last(forward: Any) -> bool:
+    """Whether it rotates halves and then only consults the cache before it attends."""
     namespace = getattr(forward, "__globals__", {})
     if _ROTATE not in namespace or hasattr(forward, "__wrapped__"):
         return False
@@ -193,6 +191,7 @@ def _statements_after_rotation(function: ast.FunctionDef) -> tuple[str, ...] | N
     return (*texts[rotations[0] : calls[0]], *tensors)
 
 
+@cache
 def _code(function: Any) -> str | None:
     tree = _tree(function)
     return None if tree is None else ast.dump(tree)

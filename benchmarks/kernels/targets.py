@@ -25,7 +25,11 @@ class Target:
         num_sms: Multiprocessors or compute units.
         dram_bytes_per_second: Peak.
         tensor_flops: Peak dense bf16 with float32 accumulation.
-        latency_seconds: Of a load from DRAM, about; microbenchmarks on arXiv:2402.13499 (NVIDIA).
+        latency_seconds: Of a load from DRAM, about; microbenchmarks in arXiv:2402.13499 for NVIDIA,
+            estimates for the others.
+        clock_hz: At which the tensor peak is stated.
+        fp32_lanes: Simple float32 operations of a multiprocessor per cycle.
+        special_lanes: Exponentials of a multiprocessor per cycle.
     """
 
     name: str
@@ -41,6 +45,9 @@ class Target:
     dram_bytes_per_second: float
     tensor_flops: float
     latency_seconds: float
+    clock_hz: float
+    fp32_lanes: int
+    special_lanes: int
 
 
 TARGETS = {
@@ -48,20 +55,20 @@ TARGETS = {
     for target in (
         Target(
             "sm_80", "A100 SXM 80 GB", "cuda", 80, 32, 166_912, 167_936, 65_536, 64, 108,
-            2.039e12, 312e12, 0.45e-6,
+            2.039e12, 312e12, 0.45e-6, 1.41e9, 64, 16,
         ),
         Target(
             "sm_90", "H100 SXM", "cuda", 90, 32, 232_448, 233_472, 65_536, 64, 132,
-            3.35e12, 989e12, 0.5e-6,
+            3.35e12, 989e12, 0.5e-6, 1.755e9, 128, 16,
         ),
         Target(
             "sm_100", "B200", "cuda", 100, 32, 232_448, 233_472, 65_536, 64, 148,
-            8.0e12, 2250e12, 0.6e-6,
+            8.0e12, 2250e12, 0.6e-6, 1.85e9, 128, 16,
         ),
         Target(
             # 512 vector registers per lane and SIMD, four SIMDs: 4 * 64 * 512.
             "gfx942", "MI300X", "hip", "gfx942", 64, 65_536, 65_536, 131_072, 32, 304,
-            5.3e12, 1307e12, 0.7e-6,
+            5.3e12, 1307e12, 0.7e-6, 2.1e9, 128, 16,
         ),
     )
 }  # fmt: skip
