@@ -115,11 +115,17 @@ def _part_len(
     max_items: int,
     num_rows: int,
 ) -> int:
-    """The shortest part, in whole tiles, for which items and workspace rows suffice."""
+    """The shortest part, in whole tiles, for which resident items and workspace rows suffice."""
     tiled = [
         (group.prefix_len, -(-len(group.members) // capacity.members_per_item), len(group.members))
         for group in groups
     ]
+
+    # Within what runs at once; if one item for each already is more, as fine as there is room, so
+    # that the last wave is short.
+    least = sum(length > 0 for length in own_lens) + sum(tiles for _, tiles, _ in tiled)
+    if least <= capacity.num_items:
+        max_items = capacity.num_items
 
     def fits(part_len: int) -> bool:
         num_own = sum(-(-length // part_len) for length in own_lens)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, DecodeGroup
-from antiphon.kernels.paged_kv import PagedKV, Rotary, dequantise, quantise
+from antiphon.kernels.context_reader import ContextReader, read_slots
+from antiphon.kernels.paged_kv import PagedKV, Rotary, quantise
 from antiphon.kernels.reference_layers import add_rms_norm, rms_norm, silu_and_mul
 from antiphon.kernels.reference_wire import gather_kv, scatter_kv
 
@@ -100,25 +101,26 @@ def decode_attention(
     Returns:
         ``[num_decode_requests, num_q_heads, v_head_dim]``.
     """
-    num_kv_heads = kv.num_kv_heads
     num_requests, num_q_heads, head_dim = query.shape
-    grouped = query.view(num_requests, 1, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
-    out = query.new_empty(num_requests, num_q_heads, kv.values.shape[3])
-    grouped_out = out.view(num_requests, 1, num_kv_heads, -1, kv.values.shape[3])
-    grouped_requests: set[int] = set()
-    for group in batch.decode_groups:
-        rows = slice(group.first, group.first + group.count)
-        grouped_requests.update(range(rows.start, rows.stop))
-        grouped_out[rows] = _attend_group(grouped[rows], kv, group, features)[:, None]
-    for index in range(num_requests):
-        if index in grouped_requests:
+    # The query heads of one KV head stand in as query rows: enable_gqa is several times slower.
+    grouped = query.view(num_requests, 1, kv.num_kv_heads, -1, head_dim)
+    reader = ContextReader(kv, batch, query.dtype)
+    rows: list[Tensor] = []  # [count, num_kv_heads, group, v_head_dim] each
+    groups = iter(batch.decode_groups)
+    group = next(groups, None)
+    index = 0
+    while index < num_requests:
+        if group is not None and index == group.first:
+            index += group.count
+            rows.append(_attend_group(grouped[group.first : index], kv, group, features))
+            group = next(groups, None)
             continue
         end = batch.seq_lens[index]
-        start = features.first_visible(end - 1)
-        # The query heads of one KV head stand in as query rows: enable_gqa is several times slower.
-        keys, values = read_context(kv, batch, index, start, end, query.dtype)
-        grouped_out[index] = _attend(grouped[index], keys, values, features, None)
-    return out
+        keys, values = reader.read(index, features.first_visible(end - 1), end)
+        rows.append(_attend(grouped[index], keys, values, features, None))
+        index += 1
+    out = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return out.reshape(num_requests, num_q_heads, -1)
 
 
 def prefill_attention(
@@ -143,11 +145,12 @@ def prefill_attention(
     group_size = query.shape[1] // kv.num_kv_heads
     first = batch.num_decode_requests
     offset = batch.cu_seqlens_q[first]
+    reader = ContextReader(kv, batch, query.dtype)
     for index in range(first, len(batch.seq_lens)):
         rows = slice(batch.cu_seqlens_q[index] - offset, batch.cu_seqlens_q[index + 1] - offset)
         num_new, end = rows.stop - rows.start, batch.seq_lens[index]
         start = features.first_visible(end - num_new)
-        keys, values = read_context(kv, batch, index, start, end, query.dtype)
+        keys, values = reader.read(index, start, end)
         if group_size > 1:
             keys = keys.repeat_interleave(group_size, dim=1)
             values = values.repeat_interleave(group_size, dim=1)
@@ -157,49 +160,13 @@ def prefill_attention(
     return out
 
 
-def read_context(
-    kv: PagedKV, batch: AttentionBatch, index: int, start: int, end: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return K and V of one request's tokens ``[start, end)``, in place where possible.
-
-    Returns:
-        Two tensors ``[1, num_kv_heads, end - start, head_dim]`` in ``dtype``.
-    """
-    rows: slice | Tensor
-    first_slot = batch.first_slots[index]
-    if first_slot is not None:
-        rows = slice(first_slot + start, first_slot + end)
-    else:
-        positions = torch.arange(start, end, device=kv.keys.device)
-        table = batch.block_tables[index]
-        rows = table[positions // kv.block_size].long() * kv.block_size + positions % kv.block_size
-    keys = _read(kv.keys, kv.key_scales, rows, dtype)
-    values = _read(kv.values, kv.value_scales, rows, dtype)
-    return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-
-
-def _read(cache: Tensor, scales: Tensor | None, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """``[tokens, num_kv_heads, head_dim]`` of the slots ``rows``."""
-    elements = cache.view(-1, *cache.shape[2:])
-    if isinstance(rows, slice):
-        elements = elements[rows]
-    elif scales is not None:  # index_select knows no fp8; the bytes are the same
-        elements = elements.view(torch.int8).index_select(0, rows).view(cache.dtype)
-    else:
-        elements = elements.index_select(0, rows)
-    if scales is None:
-        return elements.to(dtype)
-    by_slot = scales.transpose(1, 2).reshape(-1, cache.shape[2])
-    return dequantise(elements, by_slot[rows], dtype)
-
-
 def _attend_group(
     query: Tensor, kv: PagedKV, group: DecodeGroup, features: AttentionFeatures
 ) -> Tensor:
     """``[count, 1, H, G, D] -> [count, H, G, V]``."""
     shape = (group.count, -1, kv.num_kv_heads)
-    keys = _read(kv.keys, kv.key_scales, group.slots, query.dtype)
-    values = _read(kv.values, kv.value_scales, group.slots, query.dtype)
+    keys = read_slots(kv.keys, kv.key_scales, group.slots, query.dtype)
+    values = read_slots(kv.values, kv.value_scales, group.slots, query.dtype)
     keys, values = keys.view(*shape, keys.shape[-1]), values.view(*shape, values.shape[-1])
     positions = torch.arange(keys.shape[1], device=keys.device)[None]
     visible = positions <= group.last_positions
@@ -220,8 +187,8 @@ def _causal_mask(
     queries: range, keys: range, features: AttentionFeatures, device: torch.device
 ) -> Tensor | str | None:
     """Who sees whom: None for everybody, "causal" for the plain square case, else a bool mask."""
-    firsts = [features.first_visible(position) for position in queries]
-    unlimited = all(first <= keys.start for first in firsts)
+    # The oldest visible position never moves back, so the last query's decides for all.
+    unlimited = features.first_visible(queries.stop - 1) <= keys.start
     if unlimited and len(queries) == 1:
         return None
     if unlimited and len(queries) == len(keys):
@@ -230,7 +197,10 @@ def _causal_mask(
     key_positions = torch.arange(keys.start, keys.stop, device=device)[None, :]
     visible = key_positions <= query_positions
     if not unlimited:
-        visible &= key_positions >= torch.tensor(firsts, device=device)[:, None]
+        if features.sliding_window is not None:
+            visible &= key_positions > query_positions - features.sliding_window
+        if features.chunk is not None:
+            visible &= key_positions >= query_positions - query_positions % features.chunk
     return visible
 
 

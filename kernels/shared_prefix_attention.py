@@ -126,7 +126,7 @@ def shared_prefix_attention(
     q_len = query.shape[0] // batch.num_decode_requests
     group = num_q_heads // kv.num_kv_heads
     block_m = max(16, int(triton.next_power_of_2(plan.members_per_item * group * q_len)))
-    if block_m > max(16, config.block_m):
+    if plan.members_per_item > 1 and block_m > max(16, config.block_m):
         raise ValueError(
             f"batch: {plan.members_per_item} members of {group * q_len} rows exceed the tile of "
             f"{config.block_m}"

@@ -79,19 +79,169 @@ class Tuning:
         return AttentionConfigs(*(table[key] for table in tables))  # type: ignore[arg-type]
 
 
-_PREFILL = {(d, b): PrefillConfig(64, 64, 4, 2) for d in (64, 128, 256) for b in (8, 16, 32)}
-_DECODE = {(d, b): DecodeConfig(64, 4, 2) for d in (64, 128, 256) for b in (8, 16, 32)}
-_SHARED = {(d, b): PrefillConfig(64, 64, 4, 2) for d in (64, 128, 256) for b in (8, 16, 32)}
+# Float32 products run on ordinary lanes; larger tiles spill everywhere.
+_PREFILL_32_BIT = {
+    (64, 32): PrefillConfig(32, 32, 4, 2),
+    (128, 32): PrefillConfig(16, 16, 4, 2),
+    (256, 32): PrefillConfig(16, 16, 4, 2),
+}
+_DECODE_32_BIT = {
+    (64, 32): DecodeConfig(32, 4, 2, 3),
+    (128, 32): DecodeConfig(16, 4, 2, 3),
+    (256, 32): DecodeConfig(16, 4, 2, 1),
+}
 
-TABLE: tuple[Tuning, ...] = (
-    Tuning("sm_80", "prefill", _PREFILL, _DECODE, _SHARED),
-    Tuning("sm_80", "decode", _PREFILL, _DECODE, _SHARED),
-    Tuning("sm_90", "prefill", _PREFILL, _DECODE, _SHARED),
-    Tuning("sm_90", "decode", _PREFILL, _DECODE, _SHARED),
-    Tuning("sm_100", "prefill", _PREFILL, _DECODE, _SHARED),
-    Tuning("sm_100", "decode", _PREFILL, _DECODE, _SHARED),
-    Tuning("gfx942", "prefill", _PREFILL, _DECODE, _SHARED),
-    Tuning("gfx942", "decode", _PREFILL, _DECODE, _SHARED),
+# There the tiles above spill a few bytes.
+_PREFILL_32_BIT_SM_80 = {**_PREFILL_32_BIT, (128, 32): PrefillConfig(16, 32, 4, 2)}
+_SHARED_32_BIT_SM_80 = {**_PREFILL_32_BIT, (256, 32): PrefillConfig(16, 32, 8, 2)}
+
+# Each architecture: prefill_attention of the prefill pool, of the decode pool, decode_attention,
+# shared_prefix_attention; by (head_dim, bits).
+_SM_80 = (
+    {
+        **_PREFILL_32_BIT_SM_80,
+        (64, 16): PrefillConfig(128, 128, 8, 2),
+        (128, 16): PrefillConfig(128, 32, 8, 2),
+        (256, 16): PrefillConfig(64, 32, 8, 2),
+        (64, 8): PrefillConfig(128, 128, 8, 2),
+        (128, 8): PrefillConfig(64, 64, 4, 2, 2),
+        (256, 8): PrefillConfig(64, 64, 8, 2),
+    },
+    {
+        **_PREFILL_32_BIT_SM_80,
+        (64, 16): PrefillConfig(64, 64, 4, 3, 2),
+        (128, 16): PrefillConfig(64, 32, 4, 2, 2),
+        (256, 16): PrefillConfig(64, 32, 8, 2),
+        (64, 8): PrefillConfig(64, 64, 4, 3, 2),
+        (128, 8): PrefillConfig(64, 64, 4, 3, 2),
+        (256, 8): PrefillConfig(64, 64, 8, 2),
+    },
+    {
+        (64, 16): DecodeConfig(64, 4, 4, 4),
+        (128, 16): DecodeConfig(64, 4, 4, 4),
+        (256, 16): DecodeConfig(32, 4, 4, 2),
+        (64, 8): DecodeConfig(64, 4, 4, 3),
+        (128, 8): DecodeConfig(64, 4, 4, 2),
+        (256, 8): DecodeConfig(32, 4, 4, 2),
+    },
+    {
+        **_SHARED_32_BIT_SM_80,
+        (64, 16): PrefillConfig(64, 64, 4, 3),
+        (128, 16): PrefillConfig(64, 32, 4, 2),
+        (256, 16): PrefillConfig(64, 32, 8, 2),
+        (64, 8): PrefillConfig(64, 64, 4, 3),
+        (128, 8): PrefillConfig(64, 32, 4, 2),
+        (256, 8): PrefillConfig(64, 32, 8, 2),
+    },
+)
+_SM_90 = (
+    {
+        (64, 16): PrefillConfig(128, 128, 8, 2),
+        (128, 16): PrefillConfig(128, 128, 8, 2),
+        (256, 16): PrefillConfig(64, 64, 8, 2),
+        (64, 8): PrefillConfig(128, 128, 8, 2),
+        (128, 8): PrefillConfig(128, 128, 8, 2),
+        (256, 8): PrefillConfig(64, 64, 8, 2),
+    },
+    {
+        (64, 16): PrefillConfig(64, 64, 4, 3, 2),
+        (128, 16): PrefillConfig(64, 64, 4, 3, 2),
+        (256, 16): PrefillConfig(64, 32, 4, 2, 2),
+        (64, 8): PrefillConfig(64, 64, 4, 3, 2),
+        (128, 8): PrefillConfig(64, 64, 4, 3, 2),
+        (256, 8): PrefillConfig(64, 32, 4, 2, 2),
+    },
+    {
+        (64, 16): DecodeConfig(64, 4, 4, 4),
+        (128, 16): DecodeConfig(64, 4, 4, 4),
+        (256, 16): DecodeConfig(32, 4, 4, 2),
+        (64, 8): DecodeConfig(64, 4, 4, 3),
+        (128, 8): DecodeConfig(64, 4, 4, 2),
+        (256, 8): DecodeConfig(32, 4, 4, 2),
+    },
+    {
+        (64, 16): PrefillConfig(64, 64, 4, 3),
+        (128, 16): PrefillConfig(64, 64, 4, 3),
+        (256, 16): PrefillConfig(64, 64, 8, 2),
+        (64, 8): PrefillConfig(64, 64, 4, 3),
+        (128, 8): PrefillConfig(64, 64, 4, 3),
+        (256, 8): PrefillConfig(64, 32, 8, 2),
+    },
+)
+_SM_100 = (
+    {
+        (64, 16): PrefillConfig(128, 128, 8, 2),
+        (128, 16): PrefillConfig(128, 128, 8, 2),
+        (256, 16): PrefillConfig(128, 64, 8, 2),
+        (64, 8): PrefillConfig(128, 128, 8, 2),
+        (128, 8): PrefillConfig(128, 128, 8, 2),
+        (256, 8): PrefillConfig(64, 64, 8, 2),
+    },
+    {
+        (64, 16): PrefillConfig(64, 64, 4, 3, 2),
+        (128, 16): PrefillConfig(64, 64, 4, 2, 2),
+        (256, 16): PrefillConfig(64, 32, 4, 2, 2),
+        (64, 8): PrefillConfig(64, 64, 4, 3, 2),
+        (128, 8): PrefillConfig(64, 32, 4, 2, 2),
+        (256, 8): PrefillConfig(64, 32, 4, 2, 2),
+    },
+    _SM_90[2],
+    {
+        (64, 16): PrefillConfig(64, 64, 4, 3),
+        (128, 16): PrefillConfig(64, 64, 4, 3),
+        (256, 16): PrefillConfig(64, 64, 8, 2),
+        (64, 8): PrefillConfig(64, 64, 4, 3),
+        (128, 8): PrefillConfig(64, 64, 4, 3),
+        (256, 8): PrefillConfig(64, 64, 8, 2),
+    },
+)
+_GFX942 = (
+    {
+        (64, 16): PrefillConfig(128, 64, 8, 2),
+        (128, 16): PrefillConfig(128, 64, 8, 2),
+        (256, 16): PrefillConfig(64, 32, 8, 2),
+        (64, 8): PrefillConfig(128, 64, 4, 2),
+        (128, 8): PrefillConfig(128, 64, 4, 2),
+        (256, 8): PrefillConfig(64, 32, 4, 2),
+    },
+    {
+        (64, 16): PrefillConfig(64, 64, 4, 2, 2),
+        (128, 16): PrefillConfig(64, 32, 4, 2, 2),
+        (256, 16): PrefillConfig(64, 32, 8, 2),
+        (64, 8): PrefillConfig(64, 32, 4, 2, 2),
+        (128, 8): PrefillConfig(64, 32, 4, 2, 2),
+        (256, 8): PrefillConfig(64, 32, 4, 2),
+    },
+    {
+        (64, 16): DecodeConfig(64, 8, 2, 2),
+        (128, 16): DecodeConfig(32, 4, 2, 3),
+        (256, 16): DecodeConfig(32, 4, 1, 3),
+        (64, 8): DecodeConfig(64, 4, 2, 2),
+        (128, 8): DecodeConfig(32, 4, 2, 4),
+        (256, 8): DecodeConfig(32, 4, 2, 2),
+    },
+    {
+        (64, 16): PrefillConfig(64, 64, 4, 2),
+        (128, 16): PrefillConfig(64, 64, 4, 2),
+        (256, 16): PrefillConfig(64, 32, 8, 2),
+        (64, 8): PrefillConfig(64, 64, 4, 2),
+        (128, 8): PrefillConfig(64, 32, 4, 2),
+        (256, 8): PrefillConfig(64, 32, 4, 2),
+    },
+)
+_ROLES: tuple[Role, Role] = ("prefill", "decode")
+_ARCHITECTURES = {"sm_80": _SM_80, "sm_90": _SM_90, "sm_100": _SM_100, "gfx942": _GFX942}
+
+TABLE: tuple[Tuning, ...] = tuple(
+    Tuning(
+        target,
+        role,
+        {**_PREFILL_32_BIT, **prefill},
+        {**_DECODE_32_BIT, **decode},
+        {**_PREFILL_32_BIT, **shared},
+    )
+    for target, (large, small, decode, shared) in _ARCHITECTURES.items()
+    for role, prefill in zip(_ROLES, (large, small), strict=True)
 )
 
 
