@@ -5,16 +5,24 @@ INSTALLED := $(VENV)/.installed
 # One thread per process is the clean unit on a CPU; spinning threads starve whatever shares a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve test test-unit lint bench clean
+.PHONY: serve test test-unit test-kernels test-gpu lint bench bench-gpu kernel-report clean
 
 serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" passes options
 	@$(BIN)/antiphon serve $(ARGS)
 
-test: $(INSTALLED) lint  ## lint, types, and the whole suite
+test: $(INSTALLED) lint test-kernels  ## lint, types, and the whole suite
 	$(BIN)/pytest -q
 
-test-unit: $(INSTALLED)  ## without the tests that start Ray
-	$(BIN)/pytest -q -m "not e2e"
+test-unit: $(INSTALLED)  ## without the tests that start Ray or compile for other machines' GPUs
+	$(BIN)/pytest -q -m "not e2e and not compiler"
+
+# Triton's interpreter and its compiler cannot share a process.
+test-kernels: $(INSTALLED)  ## the Triton kernels, in the interpreter
+	TRITON_INTERPRET=1 $(BIN)/pytest -q -m interpreter
+
+test-gpu: $(INSTALLED)  ## the same tests on this machine's GPU
+	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU here: use make test-kernels, or install a CUDA build of torch')"
+	$(BIN)/pytest -q -m interpreter
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -23,6 +31,16 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)  ## the figures in the README
 	$(BIN)/python benchmarks/overhead.py
+
+bench-gpu: $(INSTALLED)  ## every kernel on this machine's GPU, beside its baselines
+	@for op in prefill_attention decode_attention shared_prefix_attention write_kv gather_kv \
+		scatter_kv rms_norm silu_and_mul; do \
+		echo "== $$op"; $(BIN)/python benchmarks/kernels/$$op.py || exit 1; done
+
+kernel-report: $(INSTALLED)  ## what compilers make of the kernels, and what a model says of that
+	@mkdir -p build
+	$(BIN)/python benchmarks/kernels/compile_report.py --json > build/kernels.json
+	$(BIN)/python benchmarks/kernels/roofline.py build/kernels.json
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

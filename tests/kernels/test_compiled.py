@@ -17,6 +17,7 @@ from targets import TARGETS
 
 from antiphon.kernels.tuning import TABLE
 
+pytestmark = pytest.mark.compiler
 REPORT = Path(__file__).parents[2] / "benchmarks/kernels/compile_report.py"
 
 

@@ -32,7 +32,7 @@ from antiphon.workers import session as session_module
 from antiphon.workers.peers import Peers
 from antiphon.workers.session import ClientSession, Session, SessionServer
 
-CARD = WorkerCard("r", "inc", Role.DECODE, "ws://x", "m", 16, 8, 128, 4, 1, "node")
+CARD = WorkerCard("r", "inc", Role.DECODE, "ws://x", "m", 16, 8, 128, 4, 4, 1, "node")
 
 
 class Handler:
