@@ -33,7 +33,9 @@ from antiphon.messages import (
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=40)
 BLOCK_SIZES = st.integers(1, 9)
 
-CARD = WorkerCard("r", "i", Role.DECODE, "ws://h:1/session", "f", 16, 9, 100, 46_080, 23_040, 7, "n")
+CARD = WorkerCard(
+    "r", "i", Role.DECODE, "ws://h:1/session", "f", 16, 9, 100, 46_080, 23_040, 7, "n"
+)
 OFFER = LinkOffer("gloo", "h:2", "l", "i", "w")
 LOAD = Load(1, 2, 3, 4, 5.5, 0.25)
 CLIENT_MESSAGES = [
