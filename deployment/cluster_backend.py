@@ -2,8 +2,8 @@
 
 Serve tells which workers there are (``set_workers``); for each a task keeps a session open, trying
 again with growing pauses until Serve says that the worker is gone. A request goes where the policy
-says. A worker that is busy, or lost before the first token, is excluded and the next one is tried;
-each attempt is counted. After the first token a lost worker is an error that the client sees.
+says, and on to another worker if that one is busy, draining or lost, with what it has so far:
+``deployment.replay`` keeps the account.
 """
 
 import asyncio
@@ -18,8 +18,16 @@ from typing import Any
 import msgspec
 
 from antiphon.config import RouterConfig
+from antiphon.deployment.replay import Replay, replay_reason
 from antiphon.deployment.worker_connection import WorkerConnection
-from antiphon.errors import AntiphonError, CapacityError, TelemetryGapError, WorkerLostError
+from antiphon.errors import (
+    AntiphonError,
+    CapacityError,
+    InvalidParameterError,
+    ServiceStoppingError,
+    TelemetryGapError,
+    WorkerLostError,
+)
 from antiphon.messages import (
     PrefillPeer,
     RequestOutput,
@@ -36,7 +44,7 @@ from antiphon.router.telemetry_view import ClusterView
 
 logger = logging.getLogger(__name__)
 
-_MAX_ATTEMPTS = 3
+_POLL_SECONDS = 0.05
 _RECONNECT_SECONDS = (0.05, 2.0)  # first and longest pause
 _CLOSE_SECONDS = 5.0
 _UNLIMITED = 2**31
@@ -60,7 +68,11 @@ class ClusterBackend:
         self._metrics = metrics
         self._client_id = f"ingress-{uuid.uuid4().hex[:12]}"
         self._view = ClusterView()
+        self._config = config
         self._policy = Policy(config)
+        self._stopping: ServiceStoppingError | None = None
+        self._is_cut_off = False
+        self._num_open = 0
         self._connections: dict[str, WorkerConnection] = {}
         self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
         self._kept: set[str] = set()  # incarnations that a task holds a session with
@@ -74,6 +86,8 @@ class ClusterBackend:
 
     def is_ready(self) -> tuple[bool, str]:
         """Whether every pool that was configured has a worker to route to."""
+        if self._stopping is not None:
+            return False, str(self._stopping)
         views = (*self._view.prefill_workers, *self._view.decode_workers)
         usable = [v.card for v in views if v.card.incarnation in self._listed]
         missing = sorted(role.value for role in self._needed_roles - {c.role for c in usable})
@@ -108,31 +122,37 @@ class ClusterBackend:
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
-        prompt = self._view.hash_prompt(prompt_token_ids)
-        excluded: set[str] = set()
-        refusal: AntiphonError | None = None
-        while True:
-            try:
-                decision = self._policy.choose(
-                    self._view, prompt, time.monotonic(), frozenset(excluded | self._leaving())
-                )
-            except CapacityError as error:
-                raise refusal or error from None
-            request = _submit(request_id, prompt_token_ids, sampling, decision)
-            is_started = False
-            try:
-                async with aclosing(self._attempt(decision, request)) as outputs:
-                    async for output in outputs:
-                        is_started = True
-                        yield output
-                return
-            except (CapacityError, WorkerLostError) as error:
-                self._metrics.refused(type(error).__name__)
-                logger.warning("request %s: attempt %d: %s", request_id, len(excluded) + 1, error)
-                refusal = error
-                excluded.add(decision.decode.incarnation)
-                if is_started or len(excluded) >= _MAX_ATTEMPTS:
-                    raise
+        if self._stopping is not None:
+            raise self._stopping
+        self._num_open += 1
+        replay = Replay(prompt_token_ids, sampling, self._config)
+        try:
+            while (finish_reason := replay.finish_reason) is None:
+                decision = await self._choose(replay)
+                request = _submit(request_id, replay, decision)
+                try:
+                    async with aclosing(self._attempt(decision, request)) as outputs:
+                        async for output in outputs:
+                            yield self._seen(replay.take(output))
+                    return
+                except (CapacityError, WorkerLostError, InvalidParameterError) as error:
+                    self._attempt_failed(request_id, replay, decision, error)
+            yield RequestOutput(request_id, [], finish_reason)
+        finally:
+            self._num_open -= 1
+
+    async def stop_taking(self, timeout_seconds: float) -> None:
+        """Refuse new requests, and end with an error those that are open after the time-out."""
+        self._stopping = ServiceStoppingError("this endpoint is being stopped")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        while self._num_open and loop.time() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
+        if self._num_open:
+            logger.warning("%d requests are cut off by the stop", self._num_open)
+        self._is_cut_off = True
+        for connection in self._connections.values():
+            connection.fail_all(self._stopping)
 
     async def close(self) -> None:
         """End all sessions."""
@@ -143,6 +163,42 @@ class ClusterBackend:
         closing = [asyncio.create_task(connection.close()) for connection in connections]
         if closing or tasks:
             await asyncio.wait([*closing, *tasks], timeout=_CLOSE_SECONDS)
+
+    async def _choose(self, replay: Replay) -> Decision:
+        """Choose workers, waiting for one if the request may wait."""
+        prompt = self._view.hash_prompt(replay.prompt_token_ids)
+        while True:
+            now = time.monotonic()
+            if self._is_cut_off and self._stopping is not None:
+                raise self._stopping
+            exclude = frozenset(replay.excluded(now) | self._leaving())
+            try:
+                return self._policy.choose(self._view, prompt, now, exclude)
+            except CapacityError as error:
+                replay.wait_or_raise(error, now)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _seen(self, output: RequestOutput) -> RequestOutput:
+        if timing := output.timing:
+            self._metrics.first_token(timing.prefill_path, timing.prompt + timing.first_step)
+        return output
+
+    def _attempt_failed(
+        self, request_id: str, replay: Replay, decision: Decision, error: AntiphonError
+    ) -> None:
+        """Count and log a failed attempt, and raise what the client is to see, if it is over."""
+        if isinstance(error, ServiceStoppingError):
+            raise error
+        reason = replay_reason(error)
+        if isinstance(error, CapacityError):
+            self._metrics.refused(reason)
+        replay.failed(decision.decode.incarnation, error, time.monotonic())
+        if isinstance(error, WorkerLostError):
+            self._metrics.replayed(reason)
+        logger.warning(
+            "request %s: %s at %s with %d tokens: %s; another worker goes on",
+            request_id, reason, decision.decode.replica_id, len(replay.output_token_ids), error,
+        )  # fmt: skip
 
     def _leaving(self) -> set[str]:
         """Workers that have a session still, but that Serve lists no more."""
@@ -163,9 +219,6 @@ class ClusterBackend:
                     if is_first:
                         self._policy.on_first_token(decision)
                         is_first = False
-                    if timing := output.timing:
-                        seconds = timing.prompt + timing.first_step
-                        self._metrics.first_token(timing.prefill_path, seconds)
                     yield output
         finally:
             self._policy.on_finished(decision)
@@ -223,11 +276,9 @@ class ClusterBackend:
         task.add_done_callback(self._tasks.discard)
 
 
-def _submit(
-    request_id: str, prompt: list[int], sampling: SamplingParams, decision: Decision
-) -> Submit:
+def _submit(request_id: str, replay: Replay, decision: Decision) -> Submit:
     # Clients may name their requests, and two may choose one name: what workers see is unique.
     request_id = f"{request_id}-{secrets.token_hex(8)}"
-    prefill = decision.prefill
-    peer = PrefillPeer(prefill.url, prefill.incarnation) if prefill is not None else None
-    return Submit(request_id, prompt, sampling, peer)
+    cards = (decision.prefill, *decision.alternates) if decision.prefill else ()
+    candidates = tuple(PrefillPeer(card.url, card.incarnation) for card in cards)
+    return Submit(request_id, replay.prompt_token_ids, replay.sampling, candidates)

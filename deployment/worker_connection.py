@@ -9,9 +9,17 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 
-from antiphon.errors import AntiphonError, InvalidParameterError, WorkerBusyError, WorkerLostError
+from antiphon.errors import (
+    AntiphonError,
+    InvalidParameterError,
+    WorkerBusyError,
+    WorkerDrainingError,
+    WorkerLostError,
+    WorkerMovedError,
+)
 from antiphon.messages import (
     Abort,
+    RefusalKind,
     Refused,
     RequestOutput,
     StepOutput,
@@ -62,7 +70,7 @@ class WorkerConnection:
                 connection._deliver(message)
 
         def on_closed() -> None:
-            connection._fail_all()
+            connection._lose_all()
             on_lost()
 
         session.start(on_message, on_closed)
@@ -77,14 +85,16 @@ class WorkerConnection:
         """Yield a request's outputs, joining what has piled up; closing it aborts the request.
 
         Raises:
-            WorkerBusyError: The worker has no room; nothing was done.
-            WorkerLostError: The session ended first.
+            WorkerBusyError: The worker has no room, or will stop; nothing was done.
+            WorkerLostError: The session ended first, the worker failed, or it gave the request
+                back; outputs that came before are yielded first.
+            ServiceStoppingError: From ``fail_all``.
             InvalidParameterError: The worker cannot take the request as it is.
         """
         queue: asyncio.Queue[_Item] = asyncio.Queue()
         self._queues[request.request_id] = queue
         if self._session.is_closed:
-            self._fail_all()
+            self._lose_all()
         self._session.send(request)
         is_finished = False
         try:
@@ -112,10 +122,14 @@ class WorkerConnection:
         elif isinstance(message, Refused) and (queue := self._queues.get(message.request_id)):
             queue.put_nowait(_refusal(message))
 
-    def _fail_all(self) -> None:
-        error = WorkerLostError(f"the {self.card.role} worker {self.card.replica_id} is gone")
+    def fail_all(self, error: AntiphonError) -> None:
+        """End every request in flight with an error, after the outputs that have arrived."""
         for queue in self._queues.values():
             queue.put_nowait(error)
+
+    def _lose_all(self) -> None:
+        name = f"{self.card.role} worker {self.card.replica_id}"
+        self.fail_all(WorkerLostError(f"the {name} is gone"))
 
 
 def _joined(queue: asyncio.Queue[_Item], item: _Item) -> RequestOutput:
@@ -139,11 +153,15 @@ def _joined(queue: asyncio.Queue[_Item], item: _Item) -> RequestOutput:
 
 def _refusal(message: Refused) -> AntiphonError:
     match message.kind:
-        case "busy":
+        case RefusalKind.BUSY:
             error = WorkerBusyError(message.reason)
             error.retry_after_seconds = message.retry_after_seconds
             return error
-        case "invalid":
+        case RefusalKind.DRAINING:
+            return WorkerDrainingError(message.reason)
+        case RefusalKind.MOVED:
+            return WorkerMovedError(message.reason)
+        case RefusalKind.INVALID:
             return InvalidParameterError("request", message.reason)
-        case _:
+        case RefusalKind.FAILED | RefusalKind.LINK_BROKEN:
             return WorkerLostError(message.reason)

@@ -29,3 +29,4 @@ class Decision:
     reason: Reason
     decided_at: float
     prompt: HashedPrompt = field(repr=False)
+    alternates: tuple[WorkerCard, ...] = ()  # for ``prefill``, should it fail; best first

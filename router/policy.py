@@ -17,12 +17,14 @@ on their way count too.
     choose ──▶ on_sent ──▶ on_first_token ──▶ on_finished      (on_finished in every case)
 """
 
+import heapq
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 from antiphon.config import RouterConfig
 from antiphon.errors import NoWorkerError
-from antiphon.messages import Load, Role, WorkerCard
+from antiphon.messages import MAX_PREFILL_CANDIDATES, Load, Role, WorkerCard
 from antiphon.router.cost_model import CostModel, CostParameters
 from antiphon.router.decision import Decision, Reason
 from antiphon.router.prompt import HashedPrompt
@@ -79,7 +81,8 @@ class Policy:
         """
         cached = view.match(prompt, now)
         self._num_decisions += 1
-        prefill = self._choose_prefill(view.prefill_workers, prompt, cached, exclude)
+        prefills = self._rate_prefills(view.prefill_workers, prompt, cached, exclude)
+        prefill = self._pick(prefills, _least_work) if prefills else None
         options = [
             self._rate_decode(worker, prompt, cached, prefill)
             for worker in view.decode_workers
@@ -99,6 +102,7 @@ class Policy:
             reason=decode.reason,
             decided_at=now,
             prompt=prompt,
+            alternates=_alternates(prefills, pair) if pair else (),
         )
 
     def on_sent(self, view: ClusterView, decision: Decision) -> None:
@@ -132,19 +136,18 @@ class Policy:
         ledger = self._sent.of(incarnation)
         return ledger.num_outstanding if ledger else 0
 
-    def _choose_prefill(
+    def _rate_prefills(
         self,
         workers: Sequence[WorkerView],
         prompt: HashedPrompt,
         cached: CachedBlocks,
         exclude: frozenset[str],
-    ) -> _Option | None:
-        options = [
+    ) -> list[_RatedTuple]:
+        return [
             self._rate_prefill(worker, prompt, cached)
             for worker in workers
             if worker.card.incarnation not in exclude
         ]
-        return self._pick(options, _least_work) if options else None
 
     def _rate_prefill(
         self, worker: WorkerView, prompt: HashedPrompt, cached: CachedBlocks
@@ -222,6 +225,13 @@ class Policy:
         turn = self._num_decisions % len(near)
         best = min(near[turn:] + near[:turn], key=preference)
         return _Option._make(best)
+
+
+def _alternates(options: list[_RatedTuple], chosen: _Option) -> tuple[WorkerCard, ...]:
+    """The next best prefill workers, which the decode worker asks if the chosen one fails."""
+    others = (option for option in options if option[4] is not chosen.worker)
+    best = heapq.nsmallest(MAX_PREFILL_CANDIDATES - 1, others, key=itemgetter(0))
+    return tuple(option[4].card for option in best)
 
 
 def _least_work(option: _RatedTuple) -> tuple[int, int]:

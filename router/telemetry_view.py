@@ -7,7 +7,7 @@
 A view is either without a gap or gone: after a gap nobody can tell which blocks are still cached.
 Workers are known by incarnation, never by replica id, so nothing that an earlier life of a replica
 said can be held against, or credited to, the next. A worker is offered to the policy from its first
-snapshot on.
+snapshot on, until it says that it is draining.
 
 A delta carries net changes; ``removed`` is applied before ``stored``.
 """
@@ -136,7 +136,8 @@ class ClusterView:
         assert self._views.keys() <= self._cards.keys()
         replica_ids = [card.replica_id for card in self._cards.values()]
         assert len(replica_ids) == len(set(replica_ids)), "a replica has two incarnations"
-        assert {*self.prefill_workers, *self.decode_workers} == set(self._views.values())
+        usable = {view for view in self._views.values() if not view.load.is_draining}
+        assert {*self.prefill_workers, *self.decode_workers} == usable
         for index in self._indexes.values():
             index.check()
 
@@ -154,9 +155,12 @@ class ClusterView:
             self._views[incarnation] = WorkerView(card, telemetry.load, telemetry.sequence, now)
             self._group_by_role()
         else:
+            began_to_drain = telemetry.load.is_draining and not view.load.is_draining
             view.load, view.sequence, view.updated_at = telemetry.load, telemetry.sequence, now
+            if began_to_drain:
+                self._group_by_role()
 
     def _group_by_role(self) -> None:
-        views = self._views.values()
+        views = [view for view in self._views.values() if not view.load.is_draining]
         self.prefill_workers = tuple(v for v in views if v.card.role is Role.PREFILL)
         self.decode_workers = tuple(v for v in views if v.card.role is not Role.PREFILL)

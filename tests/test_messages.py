@@ -41,7 +41,7 @@ LOAD = Load(1, 2, 3, 4, 5.5, 0.25)
 CLIENT_MESSAGES = [
     Hello(1, "ingress-1", True),
     Submit("r", [1, 2], SamplingParams(5)),
-    Submit("r", [0], SamplingParams(1, 0.0, 0.5, 3, -(2**63), (2, 7)), PrefillPeer("u", "i")),
+    Submit("r", [0], SamplingParams(1, 0.0, 0.5, 3, -(2**63), (2, 7)), (PrefillPeer("u", "i"),)),
     Prefill("r", "ab" * 16, [1, 2**32 - 1], 1, OFFER),
     Abort("r"),
 ]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from antiphon.errors import AntiphonError, StepAbandonedError
+from antiphon.errors import AntiphonError, StepAbandonedError, WorkerBusyError
 from antiphon.messages import BlockHash, Load, RequestOutput
 from antiphon.workers.batch import Batch
 from antiphon.workers.block_pool import BlockPool
@@ -84,6 +84,9 @@ class Engine:
             config, BlockPool(runner.cache.num_blocks, runner.cache.block_size)
         )
         self._listener = listener
+        # Each is written by one thread; their difference is what waits to be applied.
+        self._num_added = 0
+        self._num_entered = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failure: Exception | None = None  # what ended the loop
         self._aborting: set[str] = set()  # aborts that wait for the step to end
@@ -109,8 +112,16 @@ class Engine:
         return self._thread.is_alive() and not hangs and not failed
 
     def add(self, request: Request) -> None:
-        """Queue a request; ``on_refused`` follows if there is no room."""
+        """Queue a request, from the one thread that does so.
+
+        Raises:
+            WorkerBusyError: There is no room; said at once, whatever step is being computed.
+        """
+        num_waiting = self._scheduler.num_waiting + self._num_added - self._num_entered
+        if num_waiting >= max(self._scheduler.config.max_waiting_requests, 1):
+            raise WorkerBusyError(f"{num_waiting} requests are waiting here already")
         request.submitted_at = time.monotonic()
+        self._num_added += 1
         self._commands.put(lambda: self._add(request))
 
     def abort(self, request_id: str, *, keep_blocks: bool = False) -> None:
@@ -182,6 +193,7 @@ class Engine:
             return True
 
     def _add(self, request: Request) -> None:
+        self._num_entered += 1
         if self._failure is not None:
             self._listener.on_refused(request.request_id, self._failure)
             return

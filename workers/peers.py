@@ -1,4 +1,8 @@
-"""A decode worker's sessions with prefill workers, opened on first use and shared."""
+"""A decode worker's sessions with prefill workers, opened on first use and shared.
+
+A peer that cannot be reached costs a request at most ``CONNECT_SECONDS``: on one network a session
+opens in milliseconds, and there are other rungs on the ladder.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -6,6 +10,8 @@ from collections.abc import Callable
 from antiphon.errors import LinkBrokenError
 from antiphon.messages import PrefillPeer, WorkerMessage
 from antiphon.workers.session import ClientSession
+
+CONNECT_SECONDS = 1.0
 
 
 class Peers:
@@ -55,7 +61,7 @@ class Peers:
         on_message: Callable[[WorkerMessage], None],
         on_lost: Callable[[ClientSession], None],
     ) -> ClientSession:
-        session = await ClientSession.connect(peer.url, self._client_id)
+        session = await ClientSession.connect(peer.url, self._client_id, timeout=CONNECT_SECONDS)
         if session.card.incarnation != peer.incarnation:
             await session.close()
             raise LinkBrokenError(f"another incarnation of the prefill worker is at {peer.url} now")

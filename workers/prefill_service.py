@@ -2,7 +2,7 @@
 
     Prefill -> open transfer, queue request -> push after every chunk -> finish -> PrefillDone
                      |                                                       |
-                     +----- abort, step failure, link failure -> blocks return, Refused
+                     +----- abort, step failure, link failure, hand-over -> blocks return, Refused
 
 The blocks of a request stay with it until the sender reports the transfer's end, because until then
 it may still read them. The sender reports every opened transfer's end exactly once.
@@ -15,8 +15,8 @@ import re
 import time
 from dataclasses import dataclass
 
-from antiphon.errors import AntiphonError, CapacityError
-from antiphon.messages import Prefill, PrefillDone, Refused
+from antiphon.errors import AntiphonError, CapacityError, LinkBrokenError, WorkerBusyError
+from antiphon.messages import Prefill, PrefillDone, RefusalKind, Refused
 from antiphon.workers.engine import Engine
 from antiphon.workers.handoff.sender import HandoffSender
 from antiphon.workers.request import Request, RequestStatus
@@ -57,17 +57,20 @@ class PrefillService:
         """Queue a prompt; on the event loop."""
         problem = self._problem(message)
         if problem:
-            session.send(Refused(message.request_id, "invalid", problem))
+            session.send(Refused(message.request_id, RefusalKind.INVALID, problem))
             return
         try:
             self._sender.open(message.transfer_id, message.link, message.first_token)
         except AntiphonError as error:
-            session.send(Refused(message.request_id, "busy", str(error)))
+            session.send(Refused(message.request_id, RefusalKind.BUSY, str(error)))
             return
         job = _Job(session, message, time.monotonic(), message.first_token)
         self._jobs[message.transfer_id] = job
         session.request_ids.add(message.transfer_id)
-        self._engine.add(Request(message.transfer_id, message.prompt_token_ids, sampling=None))
+        try:
+            self._engine.add(Request(message.transfer_id, message.prompt_token_ids, sampling=None))
+        except WorkerBusyError as error:
+            self.on_refused(message.transfer_id, error)
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Stop computing and sending; blocks return when the sender lets go of them."""
@@ -75,6 +78,18 @@ class PrefillService:
             # In this order: the end of the transfer, which frees the blocks, must find them marked.
             self._engine.abort(transfer_id, keep_blocks=True)
             self._sender.abort(transfer_id, reason)
+
+    def hand_over(self) -> int:
+        """Give up every transfer, so that the decode workers go on elsewhere; return how many."""
+        transfer_ids = tuple(self._jobs)
+        for transfer_id in transfer_ids:
+            job = self._jobs[transfer_id]
+            if not job.is_refused:
+                job.is_refused = True
+                reason = "this worker is being stopped"
+                job.session.send(Refused(job.message.request_id, RefusalKind.MOVED, reason))
+            self.abort(transfer_id, "handed over")
+        return len(transfer_ids)
 
     def on_progress(self, request: Request) -> None:
         """More of the prompt has KV; on the engine thread."""
@@ -94,7 +109,8 @@ class PrefillService:
         job = self._jobs.get(transfer_id)
         if job is not None:
             job.is_refused = True
-            kind = "busy" if isinstance(error, CapacityError) else "failed"
+            is_busy = isinstance(error, CapacityError)
+            kind = RefusalKind.BUSY if is_busy else RefusalKind.FAILED
             job.session.send(Refused(job.message.request_id, kind, str(error)))
             self._sender.abort(transfer_id, "refused")
 
@@ -121,7 +137,9 @@ class PrefillService:
             job.session.send(done)
         elif not job.is_refused:
             logger.warning("transfer %s failed: %s", transfer_id, error)
-            job.session.send(Refused(request_id, "failed", str(error)))
+            is_broken = isinstance(error, LinkBrokenError)
+            kind = RefusalKind.LINK_BROKEN if is_broken else RefusalKind.FAILED
+            job.session.send(Refused(request_id, kind, str(error)))
 
     def _problem(self, message: Prefill) -> str | None:
         num_tokens = len(message.prompt_token_ids)

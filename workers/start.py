@@ -18,7 +18,7 @@ from antiphon.metrics import Metrics
 from antiphon.workers.decode_graphs import capture_cuda_graph, graph_buckets
 from antiphon.workers.engine import Engine
 from antiphon.workers.engine_metrics import EngineCollector
-from antiphon.workers.generate_service import GenerateService
+from antiphon.workers.generate_service import GenerateLimits, GenerateService
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
@@ -31,6 +31,8 @@ from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.model_source import fingerprint
 from antiphon.workers.paged_model import load_model
 from antiphon.workers.peers import Peers
+from antiphon.workers.prefill_client import PrefillClient
+from antiphon.workers.prefill_ladder import LadderLimits
 from antiphon.workers.prefill_service import PrefillService
 from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.scheduler import SchedulerConfig
@@ -188,14 +190,20 @@ def _run_generate(
         max_links=handoff.max_links,
         max_pending=handoff.max_pending,
     )
-    service: GenerateService
+    client: PrefillClient
 
     def on_done(transfer_id: str, num_tokens: int, error: Exception | None) -> None:
-        service.on_transfer_ended(transfer_id, num_tokens, error)
+        client.on_transfer_ended(transfer_id, num_tokens, error)
 
     receiver = HandoffReceiver(endpoint, receiver_limits, on_done)
     peers = Peers(worker.card.incarnation)
-    service = GenerateService(engine, receiver, peers, worker.metrics, limits)
+    client = PrefillClient(receiver, peers, handoff.stall_seconds)
+    generate_limits = GenerateLimits(
+        request=limits,
+        ladder=LadderLimits(handoff.max_prefill_attempts, handoff.timeout_seconds),
+        max_fallback_tokens=handoff.max_fallback_tokens,
+    )
+    service = GenerateService(engine, client, worker.metrics, generate_limits)
     worker.run(engine, service, [peers.close, receiver.close])
 
 

@@ -9,6 +9,8 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable
 
+from msgspec.structs import replace
+
 from antiphon.messages import BlockHash, Load, Telemetry
 from antiphon.workers.session import Session
 
@@ -36,17 +38,20 @@ class TelemetryPublisher:
         self._published_load = IDLE_LOAD
         self._sequence = 0
         self._is_scheduled = False
+        self._is_draining = False
 
     def report(self, stored: list[BlockHash], removed: list[BlockHash], load: Load) -> None:
         """Take in a change; from any thread."""
         with self._lock:
             self._pending.update(dict.fromkeys(stored, True))
             self._pending.update(dict.fromkeys(removed, False))
-            self._load = load
-            if self._is_scheduled or not (self._pending or load != self._published_load):
-                return
-            self._is_scheduled = True
-        self._loop.call_soon_threadsafe(self._schedule)
+            self._take_load(load)
+
+    def drain(self) -> None:
+        """Say, now and in every load to come, that the worker takes nothing new."""
+        with self._lock:
+            self._is_draining = True
+            self._take_load(self._load)
 
     def snapshot(self) -> Telemetry:
         """All that is known, for a new subscriber; on the event loop."""
@@ -68,6 +73,12 @@ class TelemetryPublisher:
         for session in self._sessions():
             if session.wants_telemetry:
                 session.send(message)
+
+    def _take_load(self, load: Load) -> None:
+        self._load = replace(load, is_draining=True) if self._is_draining else load
+        if not self._is_scheduled and (self._pending or self._load != self._published_load):
+            self._is_scheduled = True
+            self._loop.call_soon_threadsafe(self._schedule)
 
     def _schedule(self) -> None:
         self._loop.call_later(PUBLISH_INTERVAL_SECONDS, self.publish)

@@ -17,6 +17,7 @@ from antiphon.messages import (
     ClientMessage,
     Load,
     Prefill,
+    RefusalKind,
     Refused,
     RequestOutput,
     Submit,
@@ -34,6 +35,7 @@ from antiphon.workers.telemetry import TelemetryPublisher
 logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_SECONDS = 0.05
+_HAND_OVER_SECONDS = 5.0  # for transfers to let go of their blocks
 
 
 class Worker:
@@ -73,13 +75,27 @@ class Worker:
         return self.engine.is_healthy
 
     async def drain(self, timeout_seconds: float) -> bool:
-        """Refuse new work as busy and wait for what is here; False if some of it is left."""
+        """Take no new work, finish what is here, then hand the rest over to other workers.
+
+        Args:
+            timeout_seconds: For finishing; handing over takes milliseconds more.
+
+        Returns:
+            Whether everything was finished here.
+        """
         self._is_draining = True
+        self._telemetry.drain()
+        if await self._wait_until_idle(timeout_seconds):
+            return True
+        num_left = sum(service.hand_over() for service in self._services)
+        logger.warning("%d requests are handed over to other workers", num_left)
+        await self._wait_until_idle(_HAND_OVER_SECONDS)
+        return False
+
+    async def _wait_until_idle(self, timeout_seconds: float) -> bool:
         deadline = self._loop.time() + timeout_seconds
         while self.num_requests and self._loop.time() < deadline:
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
-        if self.num_requests:
-            logger.warning("%d requests are cut off by the stop", self.num_requests)
         return self.num_requests == 0
 
     async def close(self) -> None:
@@ -94,8 +110,11 @@ class Worker:
     @property
     def num_requests(self) -> int:
         """Requests, or transfers of a prefill worker, that have not ended."""
-        service = self.generate or self.prefill
-        return service.num_jobs if service is not None else 0
+        return sum(service.num_jobs for service in self._services)
+
+    @property
+    def _services(self) -> Sequence[GenerateService | PrefillService]:
+        return [service for service in (self.generate, self.prefill) if service is not None]
 
     async def check_idle(self) -> None:
         """Assert that an idle worker holds no request and no block (for tests)."""
@@ -128,7 +147,8 @@ class Worker:
         match message:
             case Submit() | Prefill() if self._is_draining:
                 self.metrics.refused("draining")
-                session.send(Refused(message.request_id, "busy", "this worker is being stopped"))
+                reason = "this worker is being stopped"
+                session.send(Refused(message.request_id, RefusalKind.DRAINING, reason))
             case Submit() if self.generate is not None:
                 self.generate.start(session, message)
             case Prefill() if self.prefill is not None:
@@ -136,7 +156,7 @@ class Worker:
             case Submit() | Prefill():
                 kind = type(message).__name__
                 reason = f"a {self.card.role} worker does not take {kind}"
-                session.send(Refused(message.request_id, "invalid", reason))
+                session.send(Refused(message.request_id, RefusalKind.INVALID, reason))
             case Abort() if message.request_id in session.request_ids:
                 self._abort(message.request_id)
             case _:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from antiphon.errors import ConfigError
+from antiphon.messages import MAX_PREFILL_CANDIDATES
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 KVDtype = Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8"]
@@ -90,6 +91,16 @@ class PoolConfig(_Section):
         default_factory=dict,
         description="Custom Ray resources of each, to place the pool on nodes.",
     )
+    drain_seconds: Annotated[float, Field(ge=0)] = Field(
+        20.0,
+        description="A worker that is to stop finishes requests for this long; "
+        "what is left then goes on at another worker.",
+    )
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] = Field(
+        0,
+        description="Extra workers that an update may start before it stops old ones; they need "
+        "free CPUs or GPUs.",
+    )
     engine: EngineConfig = EngineConfig()
 
 
@@ -102,7 +113,22 @@ class HandoffConfig(_Section):
         description="Of K and V between the pools, whatever their caches hold; auto: the model's.",
     )
     timeout_seconds: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="From asking a prefill worker to the last segment; then computed locally."
+        60.0,
+        description="From asking the first prefill worker to the last segment, all attempts "
+        "together; then computed by decode.",
+    )
+    stall_seconds: Annotated[float, Field(gt=0)] = Field(
+        20.0,
+        description="A prefill worker that sends nothing for this long, be it that the prompt "
+        "waits there, is given up for the next one.",
+    )
+    max_prefill_attempts: Annotated[int, Field(ge=1, le=MAX_PREFILL_CANDIDATES)] = Field(
+        MAX_PREFILL_CANDIDATES, description="Prefill workers that are asked for one prompt."
+    )
+    max_fallback_tokens: Annotated[int, Field(ge=0)] = Field(
+        8192,
+        description="Prompt tokens that may be queued on a decode worker when it computes a prompt "
+        "that prefill failed; above that it says busy. It takes one if none is queued.",
     )
     max_links: Annotated[int, Field(ge=1)] = Field(64, description="Open links of one worker.")
     max_pending: Annotated[int, Field(ge=1)] = Field(
@@ -120,6 +146,14 @@ class RouterConfig(_Section):
     link_bytes_per_second: Annotated[float, Field(gt=0)] = Field(
         1.5e9, description="Assumed rate of a link, to predict what a hand-off takes."
     )
+    max_replays: Annotated[int, Field(ge=0)] = Field(
+        3, description="Times that a request goes on at another worker after its own was lost."
+    )
+    replay_wait_seconds: Annotated[float, Field(ge=0)] = Field(
+        20.0,
+        description="A stream that lost its worker waits this long for another one with room; "
+        "then it ends with an error.",
+    )
 
 
 class HttpConfig(_Section):
@@ -130,6 +164,9 @@ class HttpConfig(_Section):
     ingress_replicas: Annotated[int, Field(ge=1)] = Field(1, description="Ingress processes.")
     max_concurrent_requests: Annotated[int, Field(ge=1)] = Field(
         512, description="Choices one ingress generates at once; above that: 503."
+    )
+    drain_seconds: Annotated[float, Field(ge=0)] = Field(
+        60.0, description="An ingress that is to stop finishes open requests for this long."
     )
 
 

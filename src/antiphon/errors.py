@@ -8,15 +8,19 @@
   x CapacityError             retry later or elsewhere        -> HTTP 503 + Retry-After
     - OutOfBlocksError        the block pool is used up
     - WorkerBusyError         a worker refused, with a reason
+      . WorkerDrainingError   because it will stop
+    - ServiceStoppingError    the whole endpoint is being stopped
     - NoWorkerError           no worker of a needed role is connected
   x HandoffError              KV did not arrive               -> next rung: compute it locally
     - LinkBrokenError         the peer or the connection died
     - LayoutMismatchError     sender and receiver disagree about model or KV layout
     - SegmentRejectedError    a stale, corrupt or unknown segment
+    - PrefillFailedError      a prefill worker did not deliver; says how it failed
   x ConfigError               the operator can fix it         -> refuse to start
     - UnsupportedModelError   the model family cannot be served
   x StepAbandonedError      nobody waits for the step any more -> the engine drops it
-  x WorkerLostError           the worker that owned the request died -> HTTP 502
+  x WorkerLostError           the worker that owned the request died -> replayed, or HTTP 502
+    - WorkerMovedError        it is being stopped and gave the request back -> the same
   x TelemetryGapError         a worker's telemetry skipped a message -> reconnect for a snapshot
 """
 
@@ -92,6 +96,14 @@ class WorkerBusyError(CapacityError):
     """A worker refused a request at once instead of queueing it without bound."""
 
 
+class WorkerDrainingError(WorkerBusyError):
+    """A worker that will stop refused a request; any other may take it."""
+
+
+class ServiceStoppingError(CapacityError):
+    """The endpoint is being stopped; what it could not finish in time ends with this."""
+
+
 class NoWorkerError(CapacityError):
     """No worker of a role that the request needs is connected."""
 
@@ -112,6 +124,25 @@ class SegmentRejectedError(HandoffError):
     """A segment failed its checks; nothing was written to the cache."""
 
 
+class PrefillFailedError(HandoffError):
+    """One prefill worker did not deliver the KV of a prompt.
+
+    Args:
+        outcome: How it failed, fit for a metric's label.
+        message: The same in words.
+        retry_after_seconds: When the worker may be asked again, if it said so.
+    """
+
+    def __init__(self, outcome: str, message: str, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+        self.message = message
+        self.retry_after_seconds = retry_after_seconds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.outcome, self.message, self.retry_after_seconds)
+
+
 class ConfigError(AntiphonError):
     """The configuration, or the model it names, cannot be used; the message says what to change."""
 
@@ -125,7 +156,11 @@ class StepAbandonedError(AntiphonError):
 
 
 class WorkerLostError(AntiphonError):
-    """The worker that owned a request died before the request was finished."""
+    """The worker that owned a request died, or failed, before the request was finished."""
+
+
+class WorkerMovedError(WorkerLostError):
+    """A worker that is being stopped gave a request back; it can go on elsewhere."""
 
 
 class TelemetryGapError(AntiphonError):

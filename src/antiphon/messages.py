@@ -10,7 +10,7 @@ the worker aborts them and frees their blocks.
                      <-                      Welcome(card)
                      <-                      Telemetry(snapshot), then deltas without a gap
     Submit | Prefill ->
-                     <-                      Refused, or StepOutput* with a final finish_reason
+                     <-                      StepOutput* with a final finish_reason, or Refused
                                              (Prefill: PrefillDone or Refused)
     Abort            ->
 
@@ -26,7 +26,8 @@ from typing import NewType
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+MAX_PREFILL_CANDIDATES = 3  # of one request
 
 BlockHash = NewType("BlockHash", bytes)
 _HASH_BYTES = 16
@@ -100,6 +101,7 @@ class Load(msgspec.Struct, frozen=True):
     num_queued_tokens: int  # prompt tokens that are yet to be computed
     prefill_tokens_per_second: float  # measured; 0 before the first step
     decode_step_seconds: float  # measured; 0 before the first step
+    is_draining: bool = False  # it takes nothing new and will stop
 
 
 # client -> worker
@@ -114,7 +116,7 @@ class Hello(_Message, frozen=True):
 
 
 class PrefillPeer(msgspec.Struct, frozen=True):
-    """The prefill worker that a decode worker should ask."""
+    """A prefill worker that a decode worker may ask."""
 
     url: str
     incarnation: str
@@ -126,7 +128,7 @@ class Submit(_Message, frozen=True):
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    prefill: PrefillPeer | None = None  # None: compute the prompt here
+    prefill: tuple[PrefillPeer, ...] = ()  # whom to ask, best first; empty: compute it here
 
 
 class LinkOffer(msgspec.Struct, frozen=True):
@@ -161,6 +163,17 @@ ClientMessage = Hello | Submit | Prefill | Abort
 # worker -> client
 
 
+class RefusalKind(StrEnum):
+    """What a client may do about a refusal; fit for a metric's label."""
+
+    BUSY = "busy"  # not taken for want of room: ask another, or later
+    DRAINING = "draining"  # not taken because the worker will stop: ask another
+    MOVED = "moved"  # taken, and given back by a worker that stops: go on elsewhere
+    INVALID = "invalid"  # no worker like this one can take it
+    FAILED = "failed"  # the engine failed
+    LINK_BROKEN = "link_broken"  # of a transfer: the link to this client failed
+
+
 class Welcome(_Message, frozen=True):
     """Answer to ``Hello``."""
 
@@ -168,10 +181,10 @@ class Welcome(_Message, frozen=True):
 
 
 class Refused(_Message, frozen=True):
-    """A request was not taken, or could not be finished; ``kind`` says what the client may do."""
+    """A request was not taken, or cannot be finished here; outputs sent before stay valid."""
 
     request_id: str
-    kind: str  # "busy", "invalid" or "failed"
+    kind: RefusalKind
     reason: str
     retry_after_seconds: float = 1.0
 

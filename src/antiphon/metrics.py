@@ -23,6 +23,16 @@ class Metrics:
             "Prompts computed by the decode worker because the prefill pool failed.",
             "reason",
         )
+        self._prefill_attempts = self._counter(
+            "antiphon_prefill_attempts",
+            "Prefill workers asked for a prompt, by outcome.",
+            "outcome",
+        )
+        self._replays = self._counter(
+            "antiphon_replays",
+            "Requests that went on at another worker after theirs was lost.",
+            "reason",
+        )
         self._refusals = self._counter(
             "antiphon_refusals", "Requests refused for want of capacity.", "reason"
         )
@@ -61,15 +71,21 @@ class Metrics:
         """Count a prompt that the decode worker had to compute itself."""
         self._fallbacks.labels(self._role, reason).inc()
 
+    def prefill_attempt(self, outcome: str) -> None:
+        """Count how one prefill worker answered for one prompt."""
+        self._prefill_attempts.labels(self._role, outcome).inc()
+
+    def replayed(self, reason: str) -> None:
+        """Count a request that was sent again, with the tokens that it had."""
+        self._replays.labels(self._role, reason).inc()
+
     def refused(self, reason: str) -> None:
         """Count a request that was refused as busy."""
         self._refusals.labels(self._role, reason).inc()
 
-    def fallbacks(self, reason: str) -> float:
-        """Read a fallback counter."""
-        return self.registry.get_sample_value(
-            "antiphon_prefill_fallbacks_total", {"role": self._role, "reason": reason}
-        ) or 0.0  # fmt: skip
+    def count(self, name: str, **labels: str) -> float:
+        """Read a counter; 0 if nothing was counted under these labels."""
+        return self.registry.get_sample_value(name, {"role": self._role, **labels}) or 0.0
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

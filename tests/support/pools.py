@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,13 @@ class Client:
         self,
         prompt: list[int],
         max_tokens: int,
-        prefill: PrefillPeer | None = None,
+        prefill: PrefillPeer | Sequence[PrefillPeer] = (),
         eos: tuple[int, ...] = (),
     ) -> str:
         request_id = uuid.uuid4().hex
         sampling = SamplingParams(max_tokens, temperature=0, stop_token_ids=eos)
-        self.session.send(Submit(request_id, prompt, sampling, prefill))
+        candidates = (prefill,) if isinstance(prefill, PrefillPeer) else tuple(prefill)
+        self.session.send(Submit(request_id, prompt, sampling, candidates))
         return request_id
 
     def abort(self, request_id: str) -> None:

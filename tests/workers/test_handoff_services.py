@@ -139,7 +139,7 @@ def test_an_unforeseen_failure_to_ask_falls_back(monkeypatch: pytest.MonkeyPatch
         request_id = client.submit([5] * 40, MAX_TOKENS, peer_of(prefill))
         await client.finish(request_id)
         assert client.paths[request_id] == "fallback"
-        assert decode.metrics.fallbacks("KeyError") == 1
+        assert decode.metrics.count("antiphon_prefill_fallbacks_total", reason="failed") == 1
         await assert_idle(prefill, decode)
         await close(client.session, prefill, decode)
 

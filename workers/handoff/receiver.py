@@ -139,6 +139,13 @@ class HandoffReceiver:
             self._forget(transfer)
         return was_live
 
+    def retire(self, link_id: str) -> None:
+        """Offer another link from now on: the peer may hang. Transfers on this one go on."""
+        with self._lock:
+            link = self._links.get(link_id)
+            if link is not None and self._current.get(link.peer_incarnation) is link:
+                del self._current[link.peer_incarnation]
+
     def counters(self) -> HandoffCounters:
         """What was received and discarded so far."""
         return self.tally.snapshot()
@@ -241,7 +248,7 @@ class HandoffReceiver:
 
     def _watch(self) -> None:
         while (transfer := self._next_overdue()) is not None:
-            self._retire(transfer.link_id)
+            self.retire(transfer.link_id)
             timeout = self._limits.timeout_seconds
             self.end(transfer, HandoffError(f"{transfer.progress} in {timeout} s; timed out"))
 
@@ -258,10 +265,3 @@ class HandoffReceiver:
                         return oldest
                 self._changed.wait(min(wait_seconds, _IDLE_SECONDS))
         return None
-
-    def _retire(self, link_id: str) -> None:
-        """Offer another link from now on: the peer may hang. Transfers on this one go on."""
-        with self._lock:
-            link = self._links.get(link_id)
-            if link is not None and self._current.get(link.peer_incarnation) is link:
-                del self._current[link.peer_incarnation]

@@ -1,0 +1,145 @@
+"""One request across the workers that it may need: what it has so far, and where it may go next.
+
+    choose -> attempt -> outputs ... finish
+      ^         | busy      another worker, three in all; a stream that has begun waits for room
+      |         | draining  another worker
+      +---------| lost      another worker, with prompt + tokens so far     (a replay)
+                | moved     the same
+
+A replay continues exactly: a token depends on the tokens before it and, if sampled, on a hash of
+the seed and its position, and the ingress fixes the seed before the first attempt. The client sees
+a pause. What it is told of the request (cached tokens, time to the first token) stays what the
+first worker said; the usage counts the prompt that the client sent.
+
+Nothing here waits or knows workers: the backend asks ``may_wait`` and passes the time.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from antiphon.config import RouterConfig
+from antiphon.errors import (
+    AntiphonError,
+    CapacityError,
+    InvalidParameterError,
+    WorkerDrainingError,
+    WorkerLostError,
+    WorkerMovedError,
+)
+from antiphon.messages import RequestOutput, SamplingParams
+
+MAX_REFUSALS = 3  # workers that say busy, before the client is told so
+
+
+@dataclass(slots=True)
+class Replay:
+    """The state of one request in the ingress.
+
+    Args:
+        original_prompt: As the client sent it.
+        original_sampling: With a fixed seed.
+        config: Its bounds.
+    """
+
+    original_prompt: list[int]
+    original_sampling: SamplingParams
+    config: RouterConfig
+    output_token_ids: list[int] = field(default_factory=list)
+    num_replays: int = 0
+    _num_refusals: int = 0
+    _num_failures: int = 0
+    _num_cached_tokens: int = 0
+    _excluded: dict[str, float] = field(default_factory=dict)  # by incarnation, until when
+    _last_error: AntiphonError | None = None
+    _paused_at: float | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has tokens already."""
+        return bool(self.output_token_ids)
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """What the next worker has to continue."""
+        return self.original_prompt + self.output_token_ids
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How it has to continue it."""
+        num_left = self.original_sampling.max_tokens - len(self.output_token_ids)
+        return replace(self.original_sampling, max_tokens=num_left)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why nothing is left to do, though no worker lived to say so."""
+        if not self.output_token_ids:
+            return None
+        if self.output_token_ids[-1] in self.original_sampling.stop_token_ids:
+            return "stop"
+        has_all = len(self.output_token_ids) >= self.original_sampling.max_tokens
+        return "length" if has_all else None
+
+    def excluded(self, now: float) -> set[str]:
+        """Incarnations that must not be asked now."""
+        return {incarnation for incarnation, until in self._excluded.items() if now < until}
+
+    def take(self, output: RequestOutput) -> RequestOutput:
+        """Record an output; return it as the client should see it."""
+        if not self.has_begun:
+            self._num_cached_tokens = output.num_cached_tokens
+        else:
+            output = replace(output, num_cached_tokens=self._num_cached_tokens, timing=None)
+        self.output_token_ids += output.token_ids
+        self._paused_at = None
+        return output
+
+    def failed(self, incarnation: str, error: AntiphonError, now: float) -> None:
+        """Record that an attempt ended with an error.
+
+        Raises:
+            AntiphonError: The same error, if it is the client's to see.
+        """
+        self._num_failures += 1
+        if isinstance(error, InvalidParameterError) and self._num_failures == 1:
+            raise error  # later, it may be that a worker with a smaller context was asked
+        self._last_error = error
+        self._excluded[incarnation] = math.inf
+        if self.has_begun and self._paused_at is None:
+            self._paused_at = now
+        if isinstance(error, WorkerLostError):
+            self.num_replays += 1
+            if self.num_replays > self.config.max_replays:
+                raise error
+        elif isinstance(error, CapacityError) and not isinstance(error, WorkerDrainingError):
+            self._num_refusals += 1
+            if self.has_begun:
+                self._excluded[incarnation] = now + error.retry_after_seconds
+            elif self._num_refusals >= MAX_REFUSALS:
+                raise error
+
+    def wait_or_raise(self, error: CapacityError, now: float) -> None:
+        """Return if the request may wait for a worker, of which there is none now.
+
+        Raises:
+            AntiphonError: It may not, or waited long enough; what the client should be told.
+        """
+        if self._paused_at is not None:
+            if now - self._paused_at < self.config.replay_wait_seconds:
+                return
+            raise self._last_error or error
+        if self._last_error is None or isinstance(self._last_error, WorkerMovedError):
+            raise error  # the request did not fail: it found no place
+        raise self._last_error
+
+
+def replay_reason(error: AntiphonError) -> str:
+    """Name what happened to a request's worker; a metric's label."""
+    if isinstance(error, WorkerMovedError):
+        return "moved"
+    if isinstance(error, WorkerLostError):
+        return "lost"
+    if isinstance(error, WorkerDrainingError):
+        return "draining"
+    return "busy" if isinstance(error, CapacityError) else "invalid"

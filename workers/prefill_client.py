@@ -1,0 +1,256 @@
+"""Asks one prefill worker for the KV that a request lacks, and watches it arrive.
+
+    fetch -> connect -> expect + Prefill -> segments ... -> all arrived
+                |             |                 |
+                |             |                 +-- bad segment, link broken
+                |             +-- Refused, session lost, nothing for stall_seconds, out of time
+                +-- unreachable                                   -> PrefillFailedError
+
+A failed attempt leaves ``Wanted.num_in_place`` at what did arrive, without a gap, so that whoever
+goes on asks, or computes, from there. Once ``fetch`` has ended, or ``stop`` has returned, nothing
+writes to the request's blocks on its behalf any more: that is the receiver's fence.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from antiphon.errors import (
+    AntiphonError,
+    CapacityError,
+    LinkBrokenError,
+    PrefillFailedError,
+    SegmentRejectedError,
+)
+from antiphon.messages import (
+    Abort,
+    Prefill,
+    PrefillDone,
+    PrefillPeer,
+    RefusalKind,
+    Refused,
+    WorkerMessage,
+)
+from antiphon.workers.block_pool import BlockId
+from antiphon.workers.handoff.receiver import HandoffReceiver
+from antiphon.workers.peers import Peers
+from antiphon.workers.session import ClientSession
+
+logger = logging.getLogger(__name__)
+
+_TICKS_PER_STALL = 4  # a stall is noticed after 1 to 1.25 times its limit
+
+
+class Outcome(StrEnum):
+    """How an attempt ended; a metric's label."""
+
+    COMPLETE = "complete"
+    BUSY = "busy"
+    DRAINING = "draining"  # it stops, and took nothing or gave the prompt back
+    REFUSED = "refused"  # it cannot take such a prompt
+    FAILED = "failed"  # it could not finish, and said so
+    UNREACHABLE = "unreachable"
+    LOST = "lost"  # its session or its link broke
+    REJECTED = "rejected"  # it sent a segment that failed its checks
+    STALLED = "stalled"
+    TIMED_OUT = "timed_out"
+    NO_LINK = "no_link"  # this worker's own bound on links or transfers
+
+
+_REFUSALS = {
+    RefusalKind.BUSY: Outcome.BUSY,
+    RefusalKind.DRAINING: Outcome.DRAINING,
+    RefusalKind.MOVED: Outcome.DRAINING,
+    RefusalKind.INVALID: Outcome.REFUSED,
+    RefusalKind.FAILED: Outcome.FAILED,
+    RefusalKind.LINK_BROKEN: Outcome.LOST,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Wanted:
+    """KV of a request: reserved here, to be computed elsewhere."""
+
+    request_id: str
+    token_ids: list[int]  # whose KV is wanted
+    block_table: list[BlockId]
+    num_in_place: int  # tokens, from the first, whose KV is here
+    transfer: "_Transfer | None" = None
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens whose KV is yet to come."""
+        return len(self.token_ids) - self.num_in_place
+
+
+@dataclass(slots=True, eq=False)
+class _Transfer:
+    wanted: Wanted
+    transfer_id: str
+    link_id: str
+    peer: ClientSession
+    ended: asyncio.Future[None]
+    first_token: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first_token = self.wanted.num_in_place
+
+    def end(self, error: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+            self.ended.exception()  # seen, even if nobody waits any more
+
+
+class PrefillClient:
+    """A decode worker's way to its prefill workers. Methods run on the event loop unless noted.
+
+    Args:
+        receiver: Takes the segments.
+        peers: Sessions with prefill workers.
+        stall_seconds: How long an attempt may go without a segment.
+    """
+
+    def __init__(self, receiver: HandoffReceiver, peers: Peers, stall_seconds: float) -> None:
+        self.receiver = receiver
+        self._peers = peers
+        self._stall_seconds = stall_seconds
+        self._loop = asyncio.get_running_loop()
+        self._transfers: dict[str, _Transfer] = {}
+
+    async def fetch(self, peer: PrefillPeer, wanted: Wanted, deadline: float) -> None:
+        """Have a peer compute and send what is missing.
+
+        Args:
+            peer: Whom to ask.
+            wanted: What to ask for; ``num_in_place`` grows.
+            deadline: On ``time.monotonic``'s clock.
+
+        Raises:
+            PrefillFailedError: Not everything arrived; says how it failed.
+        """
+        try:
+            session = await self._connect(peer)
+            await self._watch(self._ask(session, wanted), deadline)
+        except AntiphonError as error:
+            raise _explained(error, deadline) from error
+        finally:
+            self.stop(wanted)
+
+    def stop(self, wanted: Wanted) -> None:
+        """Fence off the transfer of a request, if it has one, and tell the peer."""
+        transfer, wanted.transfer = wanted.transfer, None
+        if transfer is not None and self._fence(transfer):
+            transfer.peer.send(Abort(transfer.transfer_id))
+            transfer.ended.cancel()
+
+    def on_transfer_ended(self, transfer_id: str, num_tokens: int, error: Exception | None) -> None:
+        """A transfer is complete or failed after ``num_tokens`` of it; from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed at interpreter exit
+            self._loop.call_soon_threadsafe(self._ended, transfer_id, num_tokens, error)
+
+    async def _connect(self, peer: PrefillPeer) -> ClientSession:
+        try:
+            return await self._peers.get(peer, self._on_message, self._on_lost)
+        except LinkBrokenError as error:
+            raise PrefillFailedError(Outcome.UNREACHABLE, str(error)) from error
+
+    def _ask(self, session: ClientSession, wanted: Wanted) -> _Transfer:
+        if session.is_closed:  # whoever was told of that did not know of this request yet
+            raise LinkBrokenError("the prefill worker is gone")
+        transfer_id, first_token = uuid.uuid4().hex, wanted.num_in_place
+        link = self.receiver.offer(session.card.incarnation)
+        self.receiver.expect(
+            transfer_id, link.link_id, wanted.block_table, first_token, len(wanted.token_ids)
+        )
+        ended = self._loop.create_future()
+        transfer = _Transfer(wanted, transfer_id, link.link_id, session, ended)
+        self._transfers[transfer_id] = wanted.transfer = transfer
+        session.send(Prefill(transfer_id, transfer_id, wanted.token_ids, first_token, link))
+        return transfer
+
+    async def _watch(self, transfer: _Transfer, deadline: float) -> None:
+        """Wait for the transfer's end, for as long as it makes progress."""
+        num_arrived, since = -1, time.monotonic()
+        while not transfer.ended.done():
+            now = time.monotonic()
+            if now >= deadline:
+                raise self._give_up(transfer, Outcome.TIMED_OUT, "no time is left")
+            if (num_now := self._num_arrived(transfer)) != num_arrived:
+                num_arrived, since = num_now, now
+            elif now - since >= self._stall_seconds:
+                waited = f"nothing came for {now - since:.1f} s"
+                raise self._give_up(transfer, Outcome.STALLED, waited)
+            tick = min(self._stall_seconds / _TICKS_PER_STALL, deadline - now)
+            await asyncio.wait({transfer.ended}, timeout=tick)
+        transfer.ended.result()
+
+    def _give_up(self, transfer: _Transfer, outcome: Outcome, why: str) -> PrefillFailedError:
+        # The peer, or the way to it, may hang: whoever asks it next gets another link.
+        self.receiver.retire(transfer.link_id)
+        return PrefillFailedError(outcome, f"{why}; {self._num_arrived(transfer)} tokens had come")
+
+    def _num_arrived(self, transfer: _Transfer) -> int:
+        incoming = self.receiver.find(transfer.transfer_id)
+        return incoming.num_received if incoming is not None else 0
+
+    def _fence(self, transfer: _Transfer) -> bool:
+        """Let nothing more of a transfer in; False if it has ended by itself."""
+        self._transfers.pop(transfer.transfer_id, None)
+        incoming = self.receiver.find(transfer.transfer_id)
+        was_live = self.receiver.cancel(transfer.transfer_id)
+        if incoming is not None:  # now it does not change any more
+            transfer.wanted.num_in_place = transfer.first_token + incoming.num_received
+        return was_live
+
+    def _ended(self, transfer_id: str, num_tokens: int, error: Exception | None) -> None:
+        transfer = self._transfers.pop(transfer_id, None)
+        if transfer is None:
+            return  # stopped since
+        transfer.wanted.num_in_place = transfer.first_token + num_tokens
+        if error is not None:
+            transfer.peer.send(Abort(transfer_id))
+        transfer.end(error)
+
+    def _on_message(self, message: WorkerMessage) -> None:
+        if isinstance(message, Refused):
+            if transfer := self._transfers.get(message.request_id):
+                self._fail(transfer, _refusal(message))
+        elif not isinstance(message, PrefillDone):
+            logger.warning("unexpected %s from a prefill worker", type(message).__name__)
+
+    def _on_lost(self, peer: ClientSession) -> None:
+        for transfer in [one for one in self._transfers.values() if one.peer is peer]:
+            self._fail(transfer, LinkBrokenError("the prefill worker is gone"))
+
+    def _fail(self, transfer: _Transfer, error: AntiphonError) -> None:
+        if self._fence(transfer):
+            transfer.end(error)
+        else:  # its end is on its way here, and counts
+            self._transfers[transfer.transfer_id] = transfer
+
+
+def _refusal(message: Refused) -> PrefillFailedError:
+    return PrefillFailedError(_REFUSALS[message.kind], message.reason, message.retry_after_seconds)
+
+
+def _explained(error: AntiphonError, deadline: float) -> PrefillFailedError:
+    """Name the way in which an attempt failed."""
+    if isinstance(error, PrefillFailedError):
+        return error
+    if isinstance(error, CapacityError):
+        outcome = Outcome.NO_LINK
+    elif isinstance(error, LinkBrokenError):
+        outcome = Outcome.LOST
+    elif isinstance(error, SegmentRejectedError):
+        outcome = Outcome.REJECTED
+    else:
+        outcome = Outcome.TIMED_OUT if time.monotonic() >= deadline else Outcome.FAILED
+    return PrefillFailedError(outcome, str(error))
