@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from antiphon.config import DEFAULT_MODEL, AntiphonConfig, load_config, parse_config, read_yaml
+from antiphon.config import (
+    DEFAULT_MODEL,
+    AntiphonConfig,
+    RouterConfig,
+    load_config,
+    parse_config,
+    read_yaml,
+)
 from antiphon.deployment.cli import merge_options
 from antiphon.errors import ConfigError
 
@@ -74,9 +81,8 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(data, key, meant):
 
 def test_a_key_like_no_other_lists_what_is_allowed():
     _, line = problems({"router": {"zzz": 1}})
-    assert line == (
-        "  router.zzz: unknown key; allowed: link_bytes_per_second, local_prefill_max_tokens"
-    )
+    allowed = ", ".join(sorted(RouterConfig.model_fields))
+    assert line == f"  router.zzz: unknown key; allowed: {allowed}"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,22 @@ def test_a_key_like_no_other_lists_what_is_allowed():
             "greater than 0",
         ),
         ({"handoff": {"transport": "pigeon"}}, "handoff.transport", "'pigeon'", "'gloo'"),
+        ({"handoff": {"stall_seconds": 0}}, "handoff.stall_seconds", "0", "greater than 0"),
+        (
+            {"handoff": {"max_prefill_attempts": 4}},
+            "handoff.max_prefill_attempts",
+            "4",
+            "less than or equal to 3",
+        ),
+        ({"router": {"max_replays": -1}}, "router.max_replays", "-1", "equal to 0"),
+        ({"decode": {"drain_seconds": -1}}, "decode.drain_seconds", "-1", "equal to 0"),
+        (
+            {"prefill": {"max_surge_percent": 101}},
+            "prefill.max_surge_percent",
+            "101",
+            "equal to 100",
+        ),
+        ({"http": {"drain_seconds": "soon"}}, "http.drain_seconds", "'soon'", "valid number"),
         ({"model": "mine"}, "model", "'mine'", "valid dictionary"),
     ],
 )

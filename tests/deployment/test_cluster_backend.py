@@ -118,7 +118,7 @@ def test_one_request_id_from_two_clients_keeps_them_apart() -> None:
     run(scenario())
 
 
-def test_a_worker_lost_before_the_first_token_is_replaced_and_after_it_is_an_error() -> None:
+def test_a_worker_lost_before_the_first_token_is_replaced() -> None:
     model = tiny_model("llama")
     expected = oracle(model, PROMPT, 3)
 
@@ -136,15 +136,6 @@ def test_a_worker_lost_before_the_first_token_is_replaced_and_after_it_is_an_err
         await until(lambda: second.num_requests == 1)
         release.set()
         assert await waiting == expected
-
-        outputs = backend.generate("r", PROMPT, SamplingParams(400, temperature=0))
-        await anext(outputs)
-        await second._server.close()
-        with pytest.raises(WorkerLostError, match="is gone"):
-            async for _ in outputs:
-                pass
-        with pytest.raises((NoWorkerError, WorkerLostError)):
-            await generate(backend, 2)
         await close(backend, *workers)
 
     run(scenario())

@@ -1,0 +1,144 @@
+"""What an ingress keeps of a request, and when it may go on: the account alone."""
+
+import pytest
+
+from antiphon.config import RouterConfig
+from antiphon.deployment.replay import MAX_REFUSALS, Replay, replay_reason
+from antiphon.errors import (
+    AntiphonError,
+    InvalidParameterError,
+    NoWorkerError,
+    WorkerBusyError,
+    WorkerDrainingError,
+    WorkerLostError,
+    WorkerMovedError,
+)
+from antiphon.messages import RequestOutput, RequestTiming, SamplingParams
+
+SAMPLING = SamplingParams(max_tokens=5, temperature=0.7, seed=11, stop_token_ids=(99,))
+
+
+def replay(**config: float) -> Replay:
+    return Replay([1, 2, 3], SAMPLING, RouterConfig.model_validate(config))
+
+
+def output(*token_ids: int, cached: int = 0, timing: bool = False) -> RequestOutput:
+    spent = RequestTiming(1.0, 0.1, "remote") if timing else None
+    return RequestOutput("r", list(token_ids), None, cached, spent)
+
+
+def test_a_replay_continues_with_what_is_left() -> None:
+    request = replay()
+    request.take(output(7, 8))
+    request.failed("w", WorkerLostError("gone"), now=0.0)
+    assert request.prompt_token_ids == [1, 2, 3, 7, 8]
+    assert request.sampling == SamplingParams(3, 0.7, seed=11, stop_token_ids=(99,))
+    assert request.original_prompt == [1, 2, 3]
+
+
+def test_the_client_hears_of_the_first_worker_only() -> None:
+    request = replay()
+    first = request.take(output(7, cached=2, timing=True))
+    request.failed("w", WorkerLostError("gone"), now=0.0)
+    second = request.take(output(8, cached=4, timing=True))
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (2, 2)
+    assert first.timing is not None
+    assert second.timing is None
+
+
+def test_what_was_finished_is_not_sent_again() -> None:
+    request = replay()
+    assert request.finish_reason is None
+    request.take(output(7, 8, 9))
+    assert request.finish_reason is None
+    request.take(output(10, 99))
+    assert request.finish_reason == "stop"
+    request = replay()
+    request.take(output(5, 6, 7, 8, 9))
+    assert request.finish_reason == "length"
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_replays_are_bounded(has_begun: bool) -> None:
+    request = replay(max_replays=2)
+    if has_begun:
+        request.take(output(7))
+    request.failed("a", WorkerLostError("gone"), now=0.0)
+    request.failed("b", WorkerMovedError("stops"), now=0.0)
+    assert request.excluded(1e9) == {"a", "b"}
+    with pytest.raises(WorkerLostError, match="the third"):
+        request.failed("c", WorkerLostError("the third"), now=0.0)
+
+
+def test_busy_workers_are_three_until_the_stream_has_begun_and_then_may_be_asked_again() -> None:
+    busy = WorkerBusyError("full")
+    busy.retry_after_seconds = 2.0
+    request = replay()
+    for index in range(MAX_REFUSALS - 1):
+        request.failed(f"w{index}", busy, now=0.0)
+    with pytest.raises(WorkerBusyError):
+        request.failed("last", busy, now=0.0)
+    assert request.excluded(1e9) == {"w0", "w1", "last"}
+
+    request = replay()
+    request.take(output(7))
+    for _ in range(3 * MAX_REFUSALS):
+        request.failed("w", busy, now=10.0)
+    assert request.excluded(11.9) == {"w"}
+    assert request.excluded(12.0) == set()
+
+
+def test_draining_workers_count_as_nothing() -> None:
+    request = replay(max_replays=0)
+    for index in range(10):
+        request.failed(f"w{index}", WorkerDrainingError("stops"), now=0.0)
+    assert len(request.excluded(1e9)) == 10
+    assert request.num_replays == 0
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        (WorkerBusyError("full"), WorkerBusyError),
+        (WorkerLostError("gone"), WorkerLostError),
+        (WorkerMovedError("stops"), NoWorkerError),  # 503: the request did not fail
+        (None, NoWorkerError),
+    ],
+)
+def test_a_request_without_tokens_does_not_wait(
+    last: AntiphonError | None, told: type[AntiphonError]
+) -> None:
+    request = replay()
+    if last is not None:
+        request.failed("w", last, now=0.0)
+    with pytest.raises(told):
+        request.wait_or_raise(NoWorkerError("nobody"), now=0.0)
+
+
+def test_a_stream_waits_for_a_bounded_time_and_anew_after_each_token() -> None:
+    request = replay(replay_wait_seconds=5)
+    request.take(output(7))
+    request.failed("a", WorkerLostError("gone"), now=100.0)
+    request.wait_or_raise(NoWorkerError("nobody"), now=104.9)
+    request.failed("b", WorkerDrainingError("stops"), now=104.9)  # the pause goes on
+    with pytest.raises(WorkerDrainingError):
+        request.wait_or_raise(NoWorkerError("nobody"), now=105.0)
+    request.take(output(8))
+    request.failed("c", WorkerLostError("gone"), now=200.0)
+    request.wait_or_raise(NoWorkerError("nobody"), now=204.0)
+
+
+def test_a_bad_request_is_the_clients_at_first_and_that_workers_later() -> None:
+    error = InvalidParameterError("request", "exceeds this worker's context")
+    with pytest.raises(InvalidParameterError):
+        replay().failed("w", error, now=0.0)
+    request = replay()
+    request.failed("a", WorkerLostError("gone"), now=0.0)
+    request.failed("b", error, now=0.0)
+    assert request.excluded(0.0) == {"a", "b"}
+
+
+def test_reasons_are_few() -> None:
+    errors = [WorkerLostError(""), WorkerMovedError(""), WorkerBusyError(""), NoWorkerError("")]
+    named = [replay_reason(error) for error in (*errors, WorkerDrainingError(""))]
+    assert named == ["lost", "moved", "busy", "busy", "draining"]
