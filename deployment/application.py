@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 INGRESS_NAME = "ingress"
 _HEALTH_PERIOD_SECONDS = 5.0
 # Requests reach workers over sessions, so Serve sees none of them as ongoing: a worker that is to
-# stop waits for them itself, and Serve forces it after the grace.
-_DRAIN_SECONDS = 20.0
-_GRACE_SECONDS = 30.0
+# stop drains itself, and Serve forces it after this much more. Handing over takes up to 5 s if a
+# transfer does not let go, closing sessions 3 s, and a step on a CPU a second or two.
+_STOP_MARGIN_SECONDS = 15.0
 
 
 class WorkerReplica:
@@ -57,6 +57,7 @@ class WorkerReplica:
             engine=parsed.pools[role].engine,
             handoff=parsed.handoff,
         )
+        self._drain_seconds = parsed.pools[role].drain_seconds
         self.worker = await start_worker(settings)
 
     def record_replica_metadata(self) -> dict[str, Any]:
@@ -69,10 +70,10 @@ class WorkerReplica:
             raise RuntimeError("the engine has stopped or its steps fail")
 
     async def __del__(self) -> None:
-        """Finish what is here, then stop; called once by Serve at shutdown."""
+        """Finish what is here, hand over the rest, then stop; called once by Serve at shutdown."""
         worker = getattr(self, "worker", None)
         if worker is not None:
-            await worker.drain(_DRAIN_SECONDS)
+            await worker.drain(self._drain_seconds)
             await worker.close()
 
 
@@ -89,7 +90,15 @@ class Ingress:
         """Build the application on the replica, where tokenizer and sessions live."""
         from antiphon.deployment.ingress import build_ingress
 
-        return build_ingress(self._config, self._pools)
+        self._stop_taking, application = build_ingress(self._config, self._pools)
+        return application
+
+    async def stop_taking(self, timeout_seconds: float) -> None:
+        """Refuse new requests with 503; open ones have so long to finish, then they get an error.
+
+        For whoever stops the application, before that: a replica that Serve stops is not told.
+        """
+        await self._stop_taking(timeout_seconds)
 
 
 class AppArguments(AntiphonConfig):
@@ -116,6 +125,10 @@ def app(args: AppArguments) -> serve.Application:
         max_ongoing_requests=4 * args.http.max_concurrent_requests,
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
+        max_surge_percent=100,  # it needs no CPU of its own, and requests need one that runs
+        # Serve waits for open HTTP requests, whose streams pass through its proxy.
+        graceful_shutdown_timeout_s=args.http.drain_seconds + _STOP_MARGIN_SECONDS,
+        graceful_shutdown_wait_loop_s=0.2,
     )
     return make_ingress(Ingress).bind(config, pools)
 
@@ -141,8 +154,9 @@ def _pool_deployment(role: str, pool: PoolConfig) -> serve.Deployment:
             {"request_router_class": ROUTER_CLASS}
         ),
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
-        graceful_shutdown_timeout_s=_GRACE_SECONDS,
+        graceful_shutdown_timeout_s=pool.drain_seconds + _STOP_MARGIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
+        max_surge_percent=pool.max_surge_percent,
         max_constructor_retry_count=1,  # what fails is the model or its settings: say so at once
     )
     return make_pool(WorkerReplica)

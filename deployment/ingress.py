@@ -5,7 +5,7 @@ Beside OpenAI's routes it answers ``/metrics`` for Prometheus and ``/workers``: 
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,9 +21,13 @@ from antiphon.router.serve_discovery import WorkerWatch
 from antiphon.workers.model_source import resolve_model
 from antiphon.workers.tokenizer import Tokenizer
 
+StopTaking = Callable[[float], Awaitable[None]]
 
-def build_ingress(config: AntiphonConfig, pools: Mapping[str, DeploymentHandle[Any]]) -> FastAPI:
-    """Make the application of one ingress replica.
+
+def build_ingress(
+    config: AntiphonConfig, pools: Mapping[str, DeploymentHandle[Any]]
+) -> tuple[StopTaking, FastAPI]:
+    """Make the application of one ingress replica, and the function that closes it to requests.
 
     Args:
         config: Of the deployment.
@@ -54,7 +58,7 @@ def build_ingress(config: AntiphonConfig, pools: Mapping[str, DeploymentHandle[A
         await backend.close()
 
     app.router.lifespan_context = lifespan
-    return app
+    return backend.stop_taking, app
 
 
 def _watch(backend: ClusterBackend, role: Role, handle: DeploymentHandle[Any]) -> WorkerWatch:

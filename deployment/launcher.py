@@ -1,9 +1,14 @@
 """Starts Ray and the application from a terminal, says what is happening, and cleans up.
 
 A local Ray is started unless an address is given, and ends with the command. On an existing cluster
-only the application is removed. SIGTERM ends it like Ctrl-C.
+only the application is removed. SIGTERM ends it like Ctrl-C:
+
+    first signal   new requests get 503; open ones have ``http.drain_seconds`` to finish
+    second signal  open ones are ended now
+    then           whoever is still open gets an error in its stream, and everything stops
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -24,6 +29,8 @@ from antiphon.errors import ConfigError
 APP_NAME = "antiphon"
 _OBJECT_STORE_BYTES = 128 * 2**20  # requests do not pass through it
 _READY_SECONDS = 60.0
+_POLL_SECONDS = 0.2
+_ANSWER_SECONDS = 5.0  # for an ingress to end what is open, once it is told to
 
 
 def launch(config: AntiphonConfig, address: str | None) -> None:
@@ -35,14 +42,15 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
     started_at = time.monotonic()
     _check_port(config)
     _resolve_model(config)
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
     with _ray(config, address):
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda *_: stop.set())
+            signal.signal(signum, lambda *_: (hurry if stop.is_set() else stop).set())
         _deploy(config, address, stop)
         if not stop.is_set() and _wait_until_ready(config, stop):
             _print_ready(config, time.monotonic() - started_at)
             stop.wait()
+            _finish_open_requests(config.http.drain_seconds, hurry)
         typer.echo("stopping ...")
 
 
@@ -142,6 +150,26 @@ def _wait_until_ready(config: AntiphonConfig, stop: threading.Event) -> bool:
         if stop.wait(0.1):
             return False
     raise ConfigError(f"{url} was not ready within {_READY_SECONDS:.0f} s: {reason}")
+
+
+def _finish_open_requests(seconds: float, hurry: threading.Event) -> None:
+    """Refuse new requests and wait for open ones; on return none is open."""
+    from ray import serve
+
+    from antiphon.deployment.application import INGRESS_NAME
+
+    typer.echo(f"finishing open requests, for {seconds:.0f} s at most; once more ends them now")
+    try:
+        ingress = serve.get_deployment_handle(INGRESS_NAME, APP_NAME)
+        finishing = ingress.broadcast("stop_taking", seconds)
+        deadline = time.monotonic() + seconds + _ANSWER_SECONDS
+        while not hurry.is_set() and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                finishing.results(timeout_s=_POLL_SECONDS)
+                return
+        ingress.broadcast("stop_taking", 0.0).results(timeout_s=_ANSWER_SECONDS)
+    except Exception as error:  # the application may be what failed; it is stopped anyway
+        typer.echo(f"open requests are cut off: {error}", err=True)
 
 
 def _print_ready(config: AntiphonConfig, seconds: float) -> None:

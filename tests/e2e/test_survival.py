@@ -1,0 +1,179 @@
+"""The application loses and changes workers under load, and no request notices more than a pause.
+
+Real processes under Serve, with a tiny model; each stream must be what it is when nothing happens.
+"""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from processes import Product, free_port, wait_for
+from tiny_folder import save_tiny_model
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+SCRIPT = Path(__file__).parents[1] / "support/updatable.py"
+NUM_STREAMS = 4
+MAX_TOKENS = 400  # seconds, so that much can happen meanwhile
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Product]:
+    folder = tmp_path_factory.mktemp("survival")
+    model = save_tiny_model(folder / "tiny", smollm2_path)
+    port = free_port()
+    started = Product(["python", str(SCRIPT), str(port), str(model)], port, folder)
+    try:
+        started.wait_until_ready()
+        wait_for(lambda: len(started.workers("decode")) == 2, 60)
+        yield started
+    finally:
+        started.stop()
+
+
+def body(index: int) -> dict[str, Any]:
+    """A stream of its own prompt and seed; half of them are greedy."""
+    return {
+        "model": "tiny",
+        "prompt": [100 + index, *range(7, 77)],
+        "max_tokens": MAX_TOKENS,
+        "temperature": index % 2,
+        "seed": index,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+class Load:
+    """Streams that are read until they end; whatever is not perfect is kept as a problem."""
+
+    def __init__(self, product: Product) -> None:
+        self._url = f"{product.url}/v1/completions"
+        self.num_events = [0] * NUM_STREAMS
+        self.problems: list[str] = []
+
+    async def stream(self, session: aiohttp.ClientSession, index: int) -> str:
+        text, usage, is_done = "", None, False
+        async with session.post(self._url, json=body(index)) as answer:
+            if answer.status != 200:
+                self.problems.append(f"{answer.status} {await answer.text()}")
+                return text
+            async for line in answer.content:
+                data = line.decode().removeprefix("data: ").strip()
+                if data == "[DONE]":
+                    is_done = True
+                elif data:
+                    event = json.loads(data)
+                    if "error" in event:
+                        self.problems.append(data)
+                        return text
+                    self.num_events[index] += 1
+                    text += "".join(choice["text"] for choice in event["choices"])
+                    usage = event.get("usage") or usage
+        if not is_done or usage["completion_tokens"] != MAX_TOKENS:
+            self.problems.append(f"ended early: done {is_done}, usage {usage}")
+        return text
+
+    async def all(self) -> list[str]:
+        timeout = aiohttp.ClientTimeout(total=200)
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            streams = (self.stream(session, index) for index in range(NUM_STREAMS))
+            return list(await asyncio.gather(*streams))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(product: Product) -> list[str]:
+    load = Load(product)
+    texts = asyncio.run(load.all())
+    assert not load.problems
+    return texts
+
+
+async def until_streaming(load: Load) -> None:
+    async with asyncio.timeout(60):
+        while min(load.num_events) < 5:
+            await asyncio.sleep(0.01)
+
+
+def rounds_while(product: Product, is_going_on: Callable[[], bool]) -> tuple[list[list[str]], Load]:
+    """Send the same streams again and again for as long as something goes on, and once more."""
+    load = Load(product)
+    texts: list[list[str]] = []
+    while is_going_on():
+        texts.append(asyncio.run(load.all()))
+    texts.append(asyncio.run(load.all()))
+    return texts, load
+
+
+def test_streams_outlive_a_killed_decode_worker(product: Product, undisturbed: list[str]) -> None:
+    async def scenario() -> list[str]:
+        load = Load(product)
+        streams = asyncio.create_task(load.all())
+        await until_streaming(load)
+        workers = await asyncio.to_thread(product.workers, "decode")
+        victim = max(workers, key=lambda worker: worker["load"]["num_running"])
+        os.kill(victim["pid"], signal.SIGKILL)
+        texts = await streams
+        assert not load.problems
+        return texts
+
+    assert asyncio.run(scenario()) == undisturbed
+    assert product.metric("antiphon_replays_total", reason="lost") >= 1
+    wait_for(lambda: len(product.workers("decode")) == 2, 60)
+
+
+@pytest.mark.parametrize("change", [signal.SIGUSR1, signal.SIGUSR2], ids=["update", "scale-down"])
+def test_changes_under_load_lose_no_request(
+    product: Product, undisturbed: list[str], change: signal.Signals
+) -> None:
+    before = product.log.read_text().count("changed")
+    incarnations = {worker["incarnation"] for worker in product.get("/workers")}
+    product.process.send_signal(change)
+
+    def is_going_on() -> bool:
+        return product.log.read_text().count("changed") == before
+
+    texts, load = rounds_while(product, is_going_on)
+    assert not load.problems
+    assert all(one == undisturbed for one in texts)
+    after = {worker["incarnation"] for worker in product.get("/workers")}
+    assert not after & incarnations, "every worker was replaced"
+    assert len(product.workers("decode")) == (2 if change is signal.SIGUSR1 else 1)
+    assert len(texts) > 1, "nothing was sent while the application changed"
+
+
+def test_nothing_is_left_on_the_workers(product: Product) -> None:
+    def is_idle() -> bool:
+        loads = [(worker["load"], worker["num_blocks"]) for worker in product.get("/workers")]
+        return all(load and load["num_free_blocks"] == num_blocks for load, num_blocks in loads)
+
+    wait_for(is_idle, 30)
+
+
+def test_a_stop_finishes_open_streams_and_refuses_new_ones(
+    product: Product, undisturbed: list[str]
+) -> None:
+    """The last test of this file: it ends the product."""
+
+    async def scenario() -> None:
+        load, late = Load(product), Load(product)
+        streams = asyncio.create_task(load.all())
+        await until_streaming(load)
+        product.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait_for, lambda: "finishing" in product.log.read_text(), 10)
+        await asyncio.sleep(0.5)  # from the line to the ingress is a call that nobody can see
+        refused = await late.all()
+        assert await streams == undisturbed
+        assert not load.problems
+        assert refused == [""] * NUM_STREAMS
+        assert all(problem.startswith("503 ") for problem in late.problems)
+        assert "being stopped" in late.problems[0]
+
+    asyncio.run(scenario())
+    assert product.process.wait(60) == 0
