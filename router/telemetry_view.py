@@ -155,9 +155,9 @@ class ClusterView:
             self._views[incarnation] = WorkerView(card, telemetry.load, telemetry.sequence, now)
             self._group_by_role()
         else:
-            began_to_drain = telemetry.load.is_draining and not view.load.is_draining
+            drains = telemetry.load.is_draining != view.load.is_draining
             view.load, view.sequence, view.updated_at = telemetry.load, telemetry.sequence, now
-            if began_to_drain:
+            if drains:
                 self._group_by_role()
 
     def _group_by_role(self) -> None:

@@ -276,3 +276,20 @@ def test_random_traffic_keeps_the_rules(cluster, seed):
     for decision in running:
         policy.on_finished(decision)
     assert all(policy.num_outstanding(name) == 0 for name in names)
+
+
+def test_alternates_are_the_next_best_prefill_workers(cluster, policy):
+    view = cluster.view(prefill=5, decode=1)
+    for index, num_queued_tokens in enumerate((4000, 3000, 0, 2000, 1000)):
+        set_load(cluster, view, f"p{index}", num_queued_tokens=num_queued_tokens)
+    decision = choose(policy, view)
+    assert decision.prefill is not None
+    assert decision.prefill.incarnation == "p2"
+    assert [card.incarnation for card in decision.alternates] == ["p4", "p3"]
+
+
+def test_only_a_pair_has_alternates_and_never_the_excluded(cluster, policy):
+    view = cluster.view(prefill=2, decode=1)
+    assert choose(policy, view, list(range(20))).alternates == ()
+    assert choose(policy, view, exclude={"p1"}).alternates == ()
+    assert len(choose(policy, view).alternates) == 1

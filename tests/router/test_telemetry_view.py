@@ -156,3 +156,18 @@ def test_nothing_is_expected_of_a_worker_that_has_left(cluster):
 def test_an_empty_prompt_is_refused(cluster):
     with pytest.raises(ValueError, match="no tokens"):
         cluster.view(decode=1).hash_prompt([])
+
+
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
+def test_a_draining_worker_is_not_offered_and_may_still_report(cluster, role):
+    view = cluster.view(prefill=2, decode=2)
+    name = f"{role[0]}0"
+    draining = replace(cluster.idle, is_draining=True)
+    view.apply(name, cluster.delta(1, load=draining), now=0.0)
+    view.apply(name, cluster.delta(2, load=draining, stored=HASHES), now=0.0)
+    offered = {w.card.incarnation for w in (*view.prefill_workers, *view.decode_workers)}
+    assert offered == {"p0", "p1", "d0", "d1"} - {name}
+    assert view.get(name) is not None
+    view.check()
+    view.leave(name)
+    view.check()

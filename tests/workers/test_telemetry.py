@@ -5,6 +5,7 @@ import random
 import threading
 from typing import Any
 
+import msgspec
 import pytest
 
 from antiphon.messages import BlockHash, Load, Telemetry
@@ -99,5 +100,25 @@ def test_what_piles_up_is_one_message_and_nothing_is_no_message() -> None:
         assert subscriber.num_messages == 1
         assert subscriber.cached == {a}
         assert subscriber.load == load(3)
+
+    asyncio.run(scenario())
+
+
+def test_a_draining_worker_says_so_at_once_and_ever_after() -> None:
+    async def scenario() -> None:
+        subscribers: list[Subscriber] = []
+        publisher = TelemetryPublisher(asyncio.get_running_loop(), lambda: subscribers)  # type: ignore[arg-type,return-value]
+        publisher.report([], [], load(1))
+        publisher.publish()
+        subscribers.append(Subscriber(publisher))
+        publisher.drain()  # though the engine has nothing to report
+        for num_running in (1, 2):
+            async with asyncio.timeout(10):
+                while publisher._is_scheduled:
+                    await asyncio.sleep(0.001)
+            assert subscribers[0].load == msgspec.structs.replace(
+                load(num_running), is_draining=True
+            )
+            publisher.report([], [], load(num_running + 1))
 
     asyncio.run(scenario())
