@@ -31,6 +31,8 @@ from antiphon.errors import (
 from antiphon.messages import RequestOutput, SamplingParams
 
 MAX_REFUSALS = 3  # workers that say busy, before the client is told so
+# A stream may return to a worker whose session broke, if that worker lives: it may be the only one.
+LOST_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -112,6 +114,8 @@ class Replay:
             self.num_replays += 1
             if self.num_replays > self.config.max_replays:
                 raise error
+            if self.has_begun and not isinstance(error, WorkerMovedError):
+                self._excluded[incarnation] = now + LOST_SECONDS
         elif isinstance(error, CapacityError) and not isinstance(error, WorkerDrainingError):
             self._num_refusals += 1
             if self.has_begun:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any
 
@@ -11,11 +11,11 @@ import pytest
 from pools import assert_idle, start, until
 from tiny_models import oracle, tiny_model
 
-from antiphon.config import EngineConfig, RouterConfig
+from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
 from antiphon.deployment import cluster_backend
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.errors import NoWorkerError, WorkerBusyError, WorkerLostError
-from antiphon.messages import Role, SamplingParams
+from antiphon.messages import RequestOutput, Role, SamplingParams
 from antiphon.metrics import Metrics
 from antiphon.workers.worker import Worker
 
@@ -48,6 +48,10 @@ async def generate(backend: ClusterBackend, max_tokens: int, request_id: str = "
     return tokens
 
 
+async def collect(outputs: AsyncIterator[RequestOutput]) -> list[int]:
+    return [token async for output in outputs for token in output.token_ids]
+
+
 async def close(*closing: Any) -> None:
     for one in closing:
         await one.close()
@@ -74,6 +78,36 @@ def test_a_pair_of_pools_answers_as_the_model_does() -> None:
         await assert_idle(prefill, decode)
         await close(backend, prefill, decode)
         assert not backend._tasks
+
+    run(scenario())
+
+
+def test_the_next_best_prefill_worker_stands_in_for_one_that_hangs() -> None:
+    model = tiny_model("llama")
+    prompt = PROMPT * 5
+    expected = oracle(model, prompt, 6)
+
+    async def scenario() -> None:
+        prefills = [await start(Role.PREFILL, model) for _ in range(2)]
+        decode = await start(Role.DECODE, model, handoff=HandoffConfig(stall_seconds=0.2))
+        backend = backend_for(Role.PREFILL, Role.DECODE)
+        await connected(backend, Role.DECODE, decode)
+        await connected(backend, Role.PREFILL, *prefills)
+        release = [threading.Event(), threading.Event()]
+        for worker, event in zip(prefills, release, strict=True):
+            worker.engine.call(lambda _, event=event: event.wait(20))
+        outputs = backend.generate("r", prompt, SamplingParams(6, temperature=0))
+        answer = asyncio.create_task(collect(outputs))
+        await until(lambda: sum(worker.num_requests for worker in prefills) == 1)
+        hangs = 0 if prefills[0].num_requests else 1
+        release[1 - hangs].set()
+        assert await answer == expected
+        count = decode.metrics.count
+        assert count("antiphon_prefill_attempts_total", outcome="stalled") == 1
+        assert count("antiphon_prefill_attempts_total", outcome="complete") == 1
+        release[hangs].set()
+        await assert_idle(*prefills, decode)
+        await close(backend, *prefills, decode)
 
     run(scenario())
 

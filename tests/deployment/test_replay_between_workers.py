@@ -167,6 +167,22 @@ def test_a_stream_waits_for_a_worker_to_come_back() -> None:
     run(scenario())
 
 
+def test_a_stream_returns_to_its_worker_when_only_the_session_broke() -> None:
+    model = tiny_model("llama")
+    expected = oracle(model, PROMPT, MAX_TOKENS)
+
+    async def scenario() -> None:
+        async with Cluster(model, 1) as cluster:
+            stream = Stream(cluster.backend)
+            await until(lambda: len(stream.tokens) >= 3)
+            (session,) = cluster.owner()._server.sessions
+            session.cut()
+            assert await stream.task == expected
+            assert cluster.replays("lost") == 1
+
+    run(scenario())
+
+
 def test_the_wait_for_another_worker_is_bounded() -> None:
     model = tiny_model("llama")
 
