@@ -1,9 +1,9 @@
 """Torch implementations of the ops: the specification of the GPU kernels, and the CPU path.
 
 Caches are ``[num_blocks, block_size, num_kv_heads, head_dim]``, one tensor per layer for K and one
-for V (a single stacked tensor makes compiled steps several times slower). Contexts that lie in
-consecutive blocks are read in place; scattered ones are gathered first. Every request is one call
-of scaled_dot_product_attention over exactly its own context; only decode requests with short
+for V (a single stacked tensor makes compiled steps several times slower). Contexts are gathered
+first, but for prompts whose blocks follow one another (``context_reader``). Every request is one
+call of scaled_dot_product_attention over exactly its own context; only decode requests with short
 contexts are padded to one another, because there the calls would cost more than the padding.
 
 Numerics: softmax in the dtype's own SDPA kernel; soft cap and sinks in float32.
@@ -104,7 +104,7 @@ def decode_attention(
     num_requests, num_q_heads, head_dim = query.shape
     # The query heads of one KV head stand in as query rows: enable_gqa is several times slower.
     grouped = query.view(num_requests, 1, kv.num_kv_heads, -1, head_dim)
-    reader = ContextReader(kv, batch, query.dtype)
+    reader = ContextReader(kv, batch, query.dtype, in_place=False)
     rows: list[Tensor] = []  # [count, num_kv_heads, group, v_head_dim] each
     groups = iter(batch.decode_groups)
     group = next(groups, None)
@@ -145,7 +145,7 @@ def prefill_attention(
     group_size = query.shape[1] // kv.num_kv_heads
     first = batch.num_decode_requests
     offset = batch.cu_seqlens_q[first]
-    reader = ContextReader(kv, batch, query.dtype)
+    reader = ContextReader(kv, batch, query.dtype, in_place=True)
     for index in range(first, len(batch.seq_lens)):
         rows = slice(batch.cu_seqlens_q[index] - offset, batch.cu_seqlens_q[index + 1] - offset)
         num_new, end = rows.stop - rows.start, batch.seq_lens[index]

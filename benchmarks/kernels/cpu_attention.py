@@ -4,8 +4,9 @@
 
 Prefill is compared with one causal SDPA call for each prompt over keys and values that lie together
 and are already repeated to the query heads; decode with one batched SDPA call over contiguous KV of
-equal lengths, the query heads of a KV head standing in as query rows. Ours and the baseline run in
-turn, so whatever else the machine does hits both.
+equal lengths, the query heads of a KV head standing in as query rows. Decode goes through the
+caches of so many layers that none is still in the processor's cache when its turn comes again, as
+in a model. Ours and the baseline run in turn, so whatever else the machine does hits both.
 """
 
 import os
@@ -20,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -40,79 +42,104 @@ KERNELS = TorchKernels()
 CPU = torch.device("cpu")
 
 
-def cases() -> Iterator[tuple[str, int, int, bool]]:
-    """Op, batch size, tokens, and whether blocks are scattered."""
-    for tokens in (512, 2048):
-        for scattered in (False, True):
-            yield "prefill", 1, tokens, scattered
-            for batch in (1, 8, 32):
-                yield "decode", batch, tokens, scattered
-    yield "prefill", 8, 512, True
+MIN_PAIRS, MAX_CASE_SECONDS = 3, 12.0
+COLD_BYTES = 96 * 2**20  # three times the last-level cache of the machine in the README
 
 
-def pair(
-    op: str, batch: int, tokens: int, scattered: bool
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Ours and the baseline on the same numbers."""
-    torch.manual_seed(0)
-    blocks = list(range(batch * tokens // BLOCK_SIZE))
-    if scattered:
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the table."""
+
+    op: str
+    batch: int
+    tokens: int
+    blocks: str
+
+    @property
+    def num_layers(self) -> int:
+        """How many caches to go through."""
+        if self.op == "prefill":
+            return 1
+        layer_bytes = 2 * 4 * self.batch * self.tokens * KV_HEADS * HEAD_DIM
+        return max(2, COLD_BYTES // layer_bytes)
+
+
+def cases() -> Iterator[Case]:
+    """The rows."""
+    for op in ("prefill", "decode"):
+        for tokens in (512, 2048):
+            for blocks in ("consecutive", "scattered"):
+                for batch in (1, 8, 32):
+                    yield Case(op, batch, tokens, blocks)
+
+
+def make_tables(case: Case) -> list[list[int]]:
+    """Block ids of each request."""
+    blocks = list(range(case.batch * case.tokens // BLOCK_SIZE))
+    if case.blocks == "scattered":
         random.Random(0).shuffle(blocks)
-    per_request = tokens // BLOCK_SIZE
-    tables = [blocks[i * per_request : (i + 1) * per_request] for i in range(batch)]
-    keys, values = (torch.randn(len(blocks), BLOCK_SIZE, KV_HEADS, HEAD_DIM) for _ in range(2))
-    kv = PagedKV(keys, values)
-    new = tokens if op == "prefill" else 1
+    per_request = case.tokens // BLOCK_SIZE
+    return [blocks[i * per_request : (i + 1) * per_request] for i in range(case.batch)]
+
+
+def pair(case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Ours and the baseline on the same numbers, through all layers."""
+    torch.manual_seed(0)
+    batch, tokens, tables = case.batch, case.tokens, make_tables(case)
+    shape = (batch * tokens // BLOCK_SIZE, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    caches = [PagedKV(torch.randn(shape), torch.randn(shape)) for _ in range(case.num_layers)]
+    new = tokens if case.op == "prefill" else 1
     query = torch.randn(batch * new, Q_HEADS, HEAD_DIM)
     laid_out = KERNELS.make_batch(tables, [tokens - new] * batch, [new] * batch, BLOCK_SIZE, CPU)
-    key, value = (
-        torch.stack([x[torch.tensor(t)].reshape(tokens, KV_HEADS, HEAD_DIM) for t in tables])
-        .transpose(1, 2)
-        .contiguous()
-        for x in (keys, values)
+    contiguous = [[_contiguous(x, tables) for x in (kv.keys, kv.values)] for kv in caches]
+
+    def ours() -> None:
+        for kv in caches:
+            KERNELS.paged_attention(query, kv, laid_out, FEATURES)
+
+    def decode() -> None:
+        for key, value in contiguous:
+            scaled_dot_product_attention(grouped, key, value)
+
+    def prefill() -> None:
+        for prompt, key, value in zip(prompts, *repeated, strict=True):
+            scaled_dot_product_attention(prompt[None], key[None], value[None], is_causal=True)
+
+    if case.op == "decode":
+        grouped = query.view(batch, KV_HEADS, Q_HEADS // KV_HEADS, HEAD_DIM)
+        return ours, decode
+    repeated = [x.repeat_interleave(Q_HEADS // KV_HEADS, 1) for x in contiguous[0]]
+    prompts = query.view(batch, tokens, Q_HEADS, HEAD_DIM).transpose(1, 2).contiguous()
+    return ours, prefill
+
+
+def _contiguous(cache: Tensor, tables: list[list[int]]) -> Tensor:
+    """``[batch, num_kv_heads, tokens, head_dim]``."""
+    return (
+        torch.stack([cache[table].flatten(0, 1) for table in tables]).transpose(1, 2).contiguous()
     )
 
-    def ours() -> Tensor:
-        return KERNELS.paged_attention(query, kv, laid_out, FEATURES)
 
-    if op == "decode":
-        grouped = query.view(batch, KV_HEADS, Q_HEADS // KV_HEADS, HEAD_DIM)
-        return ours, lambda: scaled_dot_product_attention(grouped, key, value)
-    repeated = [x.repeat_interleave(Q_HEADS // KV_HEADS, 1) for x in (key, value)]
-    prompts = query.view(batch, tokens, Q_HEADS, HEAD_DIM).transpose(1, 2).contiguous()
-
-    def loop() -> None:
-        for prompt, k, v in zip(prompts, *repeated, strict=True):
-            scaled_dot_product_attention(prompt[None], k[None], v[None], is_causal=True)
-
-    return ours, loop
-
-
-def measure(repeats: int) -> list[dict[str, object]]:
-    """Medians and the median of paired ratios."""
-    rows: list[dict[str, object]] = []
-    for op, batch, tokens, scattered in cases():
-        functions = pair(op, batch, tokens, scattered)
-        times: tuple[list[float], list[float]] = ([], [])
-        for index in range(repeats + 2):
-            for function, taken in zip(functions, times, strict=True):
-                started = time.perf_counter()
-                with torch.inference_mode():
-                    function()
-                if index >= 2:  # the first two warm up
-                    taken.append(time.perf_counter() - started)
-        rows.append(
-            {
-                "op": op,
-                "batch": batch,
-                "tokens": tokens,
-                "blocks": "scattered" if scattered else "in place",
-                "seconds": statistics.median(times[0]),
-                "baseline_seconds": statistics.median(times[1]),
-                "ratio": statistics.median(a / b for a, b in zip(*times, strict=True)),
-            }
-        )
-    return rows
+def measure(case: Case, repeats: int) -> dict[str, object]:
+    """Medians for one layer, and the median of paired ratios."""
+    functions = pair(case)
+    times: tuple[list[float], list[float]] = ([], [])
+    began = time.perf_counter()
+    for index in range(repeats + 1):
+        if index > MIN_PAIRS and time.perf_counter() - began > MAX_CASE_SECONDS:
+            break
+        for function, taken in zip(functions, times, strict=True):
+            started = time.perf_counter()
+            with torch.inference_mode():
+                function()
+            if index:  # the first warms up
+                taken.append((time.perf_counter() - started) / case.num_layers)
+    return {
+        **asdict(case),
+        "seconds": statistics.median(times[0]),
+        "baseline_seconds": statistics.median(times[1]),
+        "ratio": statistics.median(a / b for a, b in zip(*times, strict=True)),
+    }
 
 
 def main() -> None:
@@ -122,18 +149,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure(options.repeats)
+    rows = [measure(case, options.repeats) for case in cases()]
     if options.json:
         print(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1))
         return
     for key, value in describe_machine().items():
         print(f"{key:<14} {value}")
     print(
-        f"\n{'op':<9}{'batch':>6}{'tokens':>8}  {'blocks':<10}{'ms':>9}{'SDPA ms':>9}{'ratio':>7}"
+        f"\n{'op':<9}{'batch':>6}{'tokens':>8}  {'blocks':<12}{'ms':>9}{'SDPA ms':>9}{'ratio':>7}"
     )
     for row in rows:
         print(
-            f"{row['op']:<9}{row['batch']:>6}{row['tokens']:>8}  {row['blocks']:<10}"
+            f"{row['op']:<9}{row['batch']:>6}{row['tokens']:>8}  {row['blocks']:<12}"
             f"{float(str(row['seconds'])) * 1e3:>9.2f}"
             f"{float(str(row['baseline_seconds'])) * 1e3:>9.2f}{float(str(row['ratio'])):>7.2f}"
         )
