@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from antiphon.kernels.scratch import Scratch
+from antiphon.kernels.shared_prefixes import SharedPrefix, find_shared_prefixes
 
 # Up to this context, a call for every request costs more than gathering a padded group: at 32
 # requests of 64 tokens 2.6 against 0.9 ms a layer, at 512 tokens 7.0 against 9.8 (one EPYC core).
 MAX_GROUPED_SEQ_LEN = 256
 MAX_GROUP_PADDING = 1.25
+# The merge costs as much as gathering some 100 tokens; below this nothing is won on a CPU.
+SHARED_PREFIX_MIN_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,11 @@ class AttentionFeatures:
     chunk: int | None = None
     soft_cap: float | None = None
     sinks: Tensor | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a token may not see all before it."""
+        return self.sliding_window is not None or self.chunk is not None
 
     def first_visible(self, position: int) -> int:
         """The oldest position that the token at ``position`` sees."""
@@ -175,6 +183,7 @@ class AttentionBatch:
             cache, so that its context is one slice; None where they are scattered.
         slot_mapping: ``[num_tokens]`` int64, the cache slot of each new token; -1: none.
         decode_groups: From ``group_decodes``; disjoint, in order.
+        shared_prefixes: Of decode requests, disjoint; for the torch ops, as the groups are.
         plan: For the Triton kernels, which read it and ``block_tables`` instead of the tuples;
             None where the torch ops run.
         scratch: Of the torch ops, one layer after the other.
@@ -187,6 +196,7 @@ class AttentionBatch:
     first_slots: tuple[int | None, ...]
     slot_mapping: Tensor
     decode_groups: tuple[DecodeGroup, ...] = ()
+    shared_prefixes: tuple[SharedPrefix, ...] = ()
     plan: KernelPlan | None = None
     scratch: Scratch = field(default_factory=Scratch)
 
@@ -227,6 +237,11 @@ def make_attention_batch(
         first_slots=tuple(t[0] * block_size if _is_run(t) else None for t in used),
         slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
         decode_groups=group_decodes(seq_lens[:num_decode], block_tables, block_size),
+        shared_prefixes=tuple(
+            find_shared_prefixes(
+                seq_lens[:num_decode], tables[:num_decode], block_size, SHARED_PREFIX_MIN_TOKENS
+            )
+        ),
         scratch=Scratch(device),
     )
 

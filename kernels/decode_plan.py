@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 
 from antiphon.kernels.attention_batch import DecodePlan
+from antiphon.kernels.shared_prefixes import SharedPrefix, find_shared_prefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,6 @@ class DecodeCapacity:
     shared_prefix_min_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    members: list[int]
-    prefix_len: int
-
-
 def plan_decode(
     seq_lens: Sequence[int],
     tables: Sequence[Sequence[int]],
@@ -57,11 +52,11 @@ def plan_decode(
         device: Where the plan is read.
     """
     num_requests = len(seq_lens)
-    groups = _find_groups(seq_lens, tables, block_size, capacity.shared_prefix_min_tokens)
+    groups = find_shared_prefixes(seq_lens, tables, block_size, capacity.shared_prefix_min_tokens)
     prefix_lens = [0] * num_requests
     for group in groups:
         for member in group.members:
-            prefix_lens[member] = group.prefix_len
+            prefix_lens[member] = group.num_tokens
     own_lens = [end - prefix for end, prefix in zip(seq_lens, prefix_lens, strict=True)]
 
     # One item for each request and one for each of its group's tiles must always fit.
@@ -72,12 +67,12 @@ def plan_decode(
     shared_items: list[tuple[int, int, int, int, int]] = []
     members: list[int] = []
     for group in groups:
-        num_parts = -(-group.prefix_len // part_len)
+        num_parts = -(-group.num_tokens // part_len)
         for first in range(0, len(group.members), capacity.members_per_item):
             some = group.members[first : first + capacity.members_per_item]
             bounds = (len(members), len(members) + len(some))
             members += some
-            shared_items += [(*bounds, p, num_parts, group.prefix_len) for p in range(num_parts)]
+            shared_items += [(*bounds, p, num_parts, group.num_tokens) for p in range(num_parts)]
         for member in group.members:
             shared_parts[member] = num_parts
     own_parts = [-(-length // part_len) for length in own_lens]
@@ -110,14 +105,14 @@ def plan_decode(
 
 def _part_len(
     own_lens: Sequence[int],
-    groups: Sequence[_Group],
+    groups: Sequence[SharedPrefix],
     capacity: DecodeCapacity,
     max_items: int,
     num_rows: int,
 ) -> int:
     """The shortest part, in whole tiles, for which resident items and workspace rows suffice."""
     tiled = [
-        (group.prefix_len, -(-len(group.members) // capacity.members_per_item), len(group.members))
+        (group.num_tokens, -(-len(group.members) // capacity.members_per_item), len(group.members))
         for group in groups
     ]
 
@@ -134,7 +129,7 @@ def _part_len(
         rows = num_own + sum(parts * count for parts, _, count in shared)
         return num_own + num_shared <= max_items and rows <= num_rows
 
-    longest = max([*own_lens, *(group.prefix_len for group in groups), 1])
+    longest = max([*own_lens, *(group.num_tokens for group in groups), 1])
     low, high = 1, -(-longest // capacity.block_n)
     while low < high:  # `fits` is monotonic in the length
         middle = (low + high) // 2
@@ -143,36 +138,3 @@ def _part_len(
         else:
             low = middle + 1
     return low * capacity.block_n
-
-
-def _find_groups(
-    seq_lens: Sequence[int], tables: Sequence[Sequence[int]], block_size: int, min_tokens: int
-) -> list[_Group]:
-    """Requests that begin with the same blocks, for at least ``min_tokens`` tokens.
-
-    The newest token's block is never shared: it is being written.
-    """
-    min_blocks = max(1, -(-min_tokens // block_size))
-    candidates: dict[int, list[int]] = {}
-    for request, end in enumerate(seq_lens):
-        if (end - 1) // block_size >= min_blocks:
-            candidates.setdefault(tables[request][min_blocks - 1], []).append(request)
-    groups = []
-    for members in candidates.values():
-        while len(members) > 1:
-            leader = members[0]
-            lengths = {m: _common_blocks(tables[leader], tables[m]) for m in members[1:]}
-            alike = [m for m in members[1:] if lengths[m] >= min_blocks]
-            if alike:
-                num_blocks = min(
-                    *(lengths[m] for m in alike),
-                    *((seq_lens[m] - 1) // block_size for m in (leader, *alike)),
-                )
-                groups.append(_Group([leader, *alike], num_blocks * block_size))
-            members = [m for m in members[1:] if m not in alike]
-    return groups
-
-
-def _common_blocks(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from antiphon.kernels.launch import padded_dim
 from antiphon.kernels.paged_kv import QUANTISED_LIMITS, PagedKV, WireKV
-from antiphon.kernels.write_kv import ROUNDER
+from antiphon.kernels.write_kv import quantise
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +65,6 @@ def make_side_tables(layers: Sequence[PagedKV]) -> tuple[SideTable, ...]:
         )
         for shape in pointers
     )
-
-
-@triton.jit
-def quantise_rows(x, LIMIT: tl.constexpr, ROUNDS: tl.constexpr):
-    """Elements in float32, ready for the cast, and a scale for each row."""
-    scales = tl.max(tl.abs(x), 1) / LIMIT
-    elements = x / tl.maximum(scales, 1.1754943508222875e-38)[:, None]
-    elements = tl.minimum(tl.maximum(elements, -LIMIT), LIMIT)
-    if ROUNDS:
-        elements = (elements + ROUNDER) - ROUNDER
-    return elements, scales
 
 
 @triton.jit
@@ -133,7 +122,8 @@ def _copy_kv_kernel(
         if FROM_SCALED:
             x *= tl.load(source_scale, mask=heads < HEADS, other=0.0)[:, None]
         if LIMIT > 0:
-            x, scales = quantise_rows(x, LIMIT, ROUNDS)
+            scales = tl.max(tl.abs(x), 1) / LIMIT
+            x = quantise(x, scales[:, None], LIMIT, ROUNDS)
             tl.store(target_scale, scales, mask=heads < HEADS)
         tl.store(target, x.to(target.dtype.element_ty), mask=inside)
 

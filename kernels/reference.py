@@ -6,17 +6,18 @@ first, but for prompts whose blocks follow one another (``context_reader``). Eve
 call of scaled_dot_product_attention over exactly its own context; only decode requests with short
 contexts are padded to one another, because there the calls would cost more than the padding.
 
-Numerics: softmax in the dtype's own SDPA kernel; soft cap and sinks in float32.
+Numerics: as ``reference_attend``.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, DecodeGroup
 from antiphon.kernels.context_reader import ContextReader, read_slots
 from antiphon.kernels.paged_kv import PagedKV, Rotary, quantise
+from antiphon.kernels.reference_attend import attend, attend_partial, merge_partials
 from antiphon.kernels.reference_layers import add_rms_norm, rms_norm, silu_and_mul
+from antiphon.kernels.reference_shared import shared_prefix_attention
 from antiphon.kernels.reference_wire import gather_kv, scatter_kv
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "prefill_attention",
     "rms_norm",
     "scatter_kv",
+    "shared_prefix_attention",
     "silu_and_mul",
     "write_kv",
 ]
@@ -105,22 +107,46 @@ def decode_attention(
     # The query heads of one KV head stand in as query rows: enable_gqa is several times slower.
     grouped = query.view(num_requests, 1, kv.num_kv_heads, -1, head_dim)
     reader = ContextReader(kv, batch, query.dtype, in_place=False)
-    rows: list[Tensor] = []  # [count, num_kv_heads, group, v_head_dim] each
-    groups = iter(batch.decode_groups)
-    group = next(groups, None)
-    index = 0
-    while index < num_requests:
-        if group is not None and index == group.first:
-            index += group.count
-            rows.append(_attend_group(grouped[group.first : index], kv, group, features))
-            group = next(groups, None)
+    out = query.new_empty(num_requests, num_q_heads, kv.values.shape[3])
+    rows = out.view(num_requests, kv.num_kv_heads, -1, out.shape[2])
+    grouped_requests: set[int] = set()
+    for group in batch.decode_groups:
+        members = range(group.first, group.first + group.count)
+        grouped_requests.update(members)
+        rows[members.start : members.stop] = _attend_group(
+            grouped[members.start : members.stop], kv, group, features
+        )
+    sharing = _attend_sharing(query, kv, batch, features, out)
+    for index in range(num_requests):
+        if index in grouped_requests or index in sharing:
             continue
         end = batch.seq_lens[index]
         keys, values = reader.read(index, features.first_visible(end - 1), end)
-        rows.append(_attend(grouped[index], keys, values, features, None))
-        index += 1
-    out = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return out.reshape(num_requests, num_q_heads, -1)
+        rows[index] = attend(grouped[index], keys, values, features, None)[0]
+    return out
+
+
+def _attend_sharing(
+    query: Tensor, kv: PagedKV, batch: AttentionBatch, features: AttentionFeatures, out: Tensor
+) -> set[int]:
+    """Write the rows of requests that share prefixes; returns which those are.
+
+    A layer that sees only the newest tokens reads each context for itself: it reads little of it.
+    """
+    if not batch.shared_prefixes or features.is_limited:
+        return set()
+    prefix_out, prefix_lse = shared_prefix_attention(query, kv, batch, features)
+    reader = ContextReader(kv, batch, torch.float32, in_place=False)
+    shape = (1, kv.num_kv_heads, -1, query.shape[2])
+    for prefix in batch.shared_prefixes:
+        for index in prefix.members:
+            keys, values = reader.read(index, prefix.num_tokens, batch.seq_lens[index])
+            own = attend_partial(query[index].view(shape).float(), keys, values, features, None)
+            suffix = own[0].view_as(prefix_out[index]), own[1].view(-1)
+            out[index] = merge_partials(
+                (prefix_out[index], prefix_lse[index]), suffix, features.sinks
+            )
+    return {index for prefix in batch.shared_prefixes for index in prefix.members}
 
 
 def prefill_attention(
@@ -155,7 +181,7 @@ def prefill_attention(
             keys = keys.repeat_interleave(group_size, dim=1)
             values = values.repeat_interleave(group_size, dim=1)
         mask = _causal_mask(range(end - num_new, end), range(start, end), features, query.device)
-        attended = _attend(query[rows].transpose(0, 1)[None], keys, values, features, mask)
+        attended = attend(query[rows].transpose(0, 1)[None], keys, values, features, mask)
         out[rows] = attended[0].transpose(0, 1)
     return out
 
@@ -174,7 +200,7 @@ def _attend_group(
         visible &= positions > group.last_positions - features.sliding_window
     if features.chunk is not None:
         visible &= positions >= group.last_positions - group.last_positions % features.chunk
-    return _attend(
+    return attend(
         query[:, 0],
         keys.transpose(1, 2),
         values.transpose(1, 2),
@@ -202,44 +228,3 @@ def _causal_mask(
         if features.chunk is not None:
             visible &= key_positions >= query_positions - query_positions % features.chunk
     return visible
-
-
-def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    features: AttentionFeatures,
-    mask: Tensor | str | None,
-) -> Tensor:
-    """``[B, H, M, D] x [B, H, N, D] x [B, H, N, V] -> [B, H, M, V]``."""
-    if features.soft_cap is not None or features.sinks is not None:
-        return _attend_with_scores(query, keys, values, features, mask)
-    if isinstance(mask, str):
-        return scaled_dot_product_attention(
-            query, keys, values, is_causal=True, scale=features.scale
-        )
-    return scaled_dot_product_attention(query, keys, values, mask, scale=features.scale)
-
-
-def _attend_with_scores(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    features: AttentionFeatures,
-    mask: Tensor | str | None,
-) -> Tensor:
-    scores = (query @ keys.transpose(-1, -2)).float() * features.scale
-    if features.soft_cap is not None:
-        scores = torch.tanh(scores / features.soft_cap) * features.soft_cap
-    if isinstance(mask, str):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if features.sinks is not None:
-        # In decode the rows of a head are its group of query heads, each with its own sink.
-        sinks = features.sinks.float().view(1, scores.shape[1], -1, 1)
-        sinks = sinks.expand(*scores.shape[:3], 1)
-        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return weights.to(values.dtype) @ values

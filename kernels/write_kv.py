@@ -37,14 +37,13 @@ def load_rotated(
 
 
 @triton.jit
-def quantise(x, LIMIT: tl.constexpr, ROUNDS: tl.constexpr):
-    """Elements in float32, ready for the cast, and the scale of a row."""
-    scale = tl.max(tl.abs(x), 0) / LIMIT
+def quantise(x, scale, LIMIT: tl.constexpr, ROUNDS: tl.constexpr):
+    """Elements in float32, ready for the cast, of rows whose scale is ``max|x| / LIMIT``."""
     elements = x / tl.maximum(scale, 1.1754943508222875e-38)
     elements = tl.minimum(tl.maximum(elements, -LIMIT), LIMIT)
     if ROUNDS:
         elements = (elements + ROUNDER) - ROUNDER
-    return elements, scale
+    return elements
 
 
 @triton.jit
@@ -99,8 +98,10 @@ def _write_kv_kernel(
             if LIMIT > 0:
                 # The scale belongs to the key as the model's dtype holds it.
                 key = key.to(key_ptr.dtype.element_ty).to(tl.float32)
-                key, key_scale = quantise(key, LIMIT, ROUNDS)
-                value, value_scale = quantise(value, LIMIT, ROUNDS)
+                key_scale = tl.max(tl.abs(key), 0) / LIMIT
+                key = quantise(key, key_scale, LIMIT, ROUNDS)
+                value_scale = tl.max(tl.abs(value), 0) / LIMIT
+                value = quantise(value, value_scale, LIMIT, ROUNDS)
                 scale_at = (slot // PAGE * HEADS + head) * PAGE + slot % PAGE
                 tl.store(k_scales_ptr + scale_at, key_scale)
                 tl.store(v_scales_ptr + scale_at, value_scale)

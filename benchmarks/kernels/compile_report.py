@@ -10,6 +10,7 @@ accesses for K and V. This says what was compiled; nothing here has been run.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from targets import TARGETS, Target
 
 ATTENTION = {"prefill_attention", "decode_attention", "shared_prefix_attention"}
 _TENSOR_CORES = {"mma", "wgmma", "tcgen05", "mfma"}
+ELEMENT_BYTES = {"bf16": 2, "int8": 1, "fp8": 1, "fp32": 4}
 _RESERVED_SHARED_BYTES = 1024  # of every block, by the driver
 TIMEOUT_SECONDS = 900
 
@@ -56,6 +58,21 @@ class Row:
             target.max_warps_per_sm // self.num_warps,
         )
 
+    @property
+    def wide_loads_of_a_tile(self) -> int:
+        """128-bit loads of a thread that bring in one tile of K and V."""
+        tile = numbers(self.config)[1 if "x" in self.config else 0]
+        dim, dtypes = self.shape.split()[:2]
+        padded = 1 << (int(dim) - 1).bit_length()
+        num_bytes = 2 * tile * padded * ELEMENT_BYTES[dtypes.split("/")[1]]
+        return math.ceil(num_bytes / (16 * self.num_warps * TARGETS[self.target].warp_size))
+
+
+def numbers(config: str) -> list[int]:
+    """``128x64, 8 warps, 2 stages`` and ``64, 4 warps, 3 stages`` as numbers."""
+    words = config.replace("x", " ").replace(",", " ").split()
+    return [int(word) for word in words if word.isdigit()]
+
 
 def problems(row: Row) -> list[str]:
     """What a row breaks, in words."""
@@ -75,8 +92,9 @@ def problems(row: Row) -> list[str]:
             found.append("uses no wgmma")
         if TARGETS[row.target].backend == "cuda" and not kinds & {"cp_async", "tma"}:
             found.append("copies nothing asynchronously")
-        if "load_128" not in kinds:
-            found.append("has no 128-bit loads")
+        wide = row.instructions.get("load_128", 0)
+        if wide < row.wide_loads_of_a_tile:
+            found.append(f"has {wide} 128-bit loads, K and V of a tile {row.wide_loads_of_a_tile}")
     return found
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from compile_report import Row
+from compile_report import ELEMENT_BYTES, Row, numbers
 from launches import KV_HEADS, Q_HEADS
 from targets import TARGETS, Target
 
@@ -31,7 +31,6 @@ from antiphon.kernels.decode_plan import DecodeCapacity, plan_decode
 from antiphon.kernels.prefill_plan import plan_prefill
 
 BATCH, CONTEXT, HEAD_DIM = 32, 4096, 128
-ELEMENT_BYTES = {"bf16": 2, "int8": 1, "fp8": 1, "fp32": 4}
 LAUNCH_SECONDS = 2e-6  # of a kernel inside a CUDA graph; three of them follow one another
 LAUNCHES_PER_STEP = 3
 # Float32 operations for each score beside the exponential: scale, maximum, subtraction, sum, cast.
@@ -63,7 +62,7 @@ class Prediction:
 
 def predict_decode(row: Row, target: Target) -> Prediction:
     """Bandwidth of the decode step, from its plan and the row's occupancy."""
-    block_n, _, stages = _numbers(row.config)
+    block_n, _, stages = numbers(row.config)
     size = ELEMENT_BYTES[row.shape.split("/")[1].split()[0]]
     resident = target.num_sms * row.ctas_per_sm
     capacity = DecodeCapacity(
@@ -78,7 +77,9 @@ def predict_decode(row: Row, target: Target) -> Prediction:
     num_tiles = sum(tiles) * KV_HEADS
     partial_bytes = 2 * 4 * len(tiles) * Q_HEADS * (HEAD_DIM + 1)
     moved = num_tiles * tile_bytes + partial_bytes
-    in_flight = min(resident, len(tiles) * KV_HEADS) * max(1, stages - 1) * tile_bytes
+    # A stage that only fetches block ids ahead has no tile in shared memory.
+    per_block = min(max(1, stages - 1) * tile_bytes, row.shared_bytes)
+    in_flight = min(resident, len(tiles) * KV_HEADS) * per_block
     covered = min(1.0, in_flight / (target.dram_bytes_per_second * target.latency_seconds))
     seconds = moved / (target.dram_bytes_per_second * covered * balance)
     seconds += LAUNCHES_PER_STEP * LAUNCH_SECONDS
@@ -93,7 +94,7 @@ def predict_decode(row: Row, target: Target) -> Prediction:
 
 def predict_prefill(row: Row, target: Target) -> Prediction:
     """Tensor throughput of a prompt, from its tiles and the work beside the products."""
-    block_m, block_n, *_ = _numbers(row.config)
+    block_m, block_n, *_ = numbers(row.config)
     plan = plan_prefill([CONTEXT], [CONTEXT], 0, block_m, torch.device("cpu"))
     key_tiles = [-(-min(first + block_m, CONTEXT) // block_n) for _, first in plan.tiles.tolist()]
     resident = target.num_sms * row.ctas_per_sm
@@ -150,12 +151,6 @@ def _balance(work: Sequence[int], resident: int) -> float:
 def _spread(work: Sequence[int], resident: int) -> float:
     """A single wave: bandwidth is shared, so only a device left half empty loses."""
     return min(1.0, sum(work) / max(work) / min(resident, len(work)))
-
-
-def _numbers(config: str) -> list[int]:
-    """``128x64, 8 warps, 2 stages`` and ``64, 4 warps, 3 stages`` as numbers."""
-    words = config.replace("x", " ").replace(",", " ").split()
-    return [int(word) for word in words if word.isdigit()]
 
 
 def main() -> None:
