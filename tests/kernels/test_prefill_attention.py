@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_case import AttentionCase, all_features
+from decode_case import random_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,8 @@ def check(case: AttentionCase, features: AttentionFeatures, config: PrefillConfi
         [(16, 16), (15, 2), (31, 5)],  # contexts that end on and off a block edge
         [(3, 1), (40, 1), (0, 7), (33, 18)],  # behind decode requests
         [(70, 3)],
+        [(0, 2), (0, 1), (16, 1)],  # prompts of one token among longer ones
+        [(0, 9), (5, 0), (3, 4)],  # a request without new tokens
     ],
     ids=str,
 )
@@ -87,12 +90,14 @@ def test_dtypes(
     check(case, PLAIN if features == "plain" else all_features(4, device))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    requests=st.lists(st.tuples(st.integers(0, 50), st.integers(2, 24)), min_size=1, max_size=3),
+    requests=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 24)), min_size=1, max_size=3),
     heads=st.sampled_from([(2, 2), (4, 1), (3, 1), (4, 2)]),
     block_size=st.sampled_from([1, 4, 16, 19]),
     window=st.sampled_from([None, 7, 33]),
+    chunk=st.sampled_from([None, 24]),
+    extras=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_random_shapes(
@@ -100,11 +105,15 @@ def test_random_shapes(
     heads: tuple[int, int],
     block_size: int,
     window: int | None,
+    chunk: int | None,
+    extras: bool,
     seed: int,
     device: torch.device,
 ) -> None:
+    (start, new), *others = requests
+    requests = [(start, new + 1), *others]  # a first one with one new token would be a decode step
     case = AttentionCase(requests, heads, (32, 32), block_size=block_size, device=device, seed=seed)
-    check(case, replace(PLAIN, sliding_window=window))
+    check(case, random_features(window, chunk, extras, heads[0], device))
 
 
 def test_wider_tiles_than_the_prompt(device: torch.device) -> None:
@@ -118,19 +127,8 @@ def test_the_longest_context_goes_first() -> None:
 
 
 def test_a_cache_beyond_32_bit_offsets(device: torch.device) -> None:
-    """The last block of a cache of more than 2**31 elements, of which a few pages are touched."""
-    case = AttentionCase([(4, 3)], heads=(1, 1), dims=(64, 64), block_size=16, device=device)
-    num_blocks = 2**31 // (16 * 64) + 2
-    kv = case.kv
-    keys, values = (
-        torch.empty(num_blocks, 16, 1, 64, dtype=torch.float16, device=device) for _ in range(2)
-    )
-    block = case.tables[0][0]
-    keys[-1], values[-1] = kv.keys[block].half(), kv.values[block].half()
-    case.kv = type(kv)(keys, values)
-    case.tables[0][0] = num_blocks - 1
-    case.dtype = torch.float16  # the cache holds rounded copies
-    case.queries[0] = case.queries[0].half()
+    case = AttentionCase([(4, 3)], heads=(1, 1), dtype=torch.float16, device=device)
+    case.move_far()
     check(case, PLAIN)
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from antiphon.kernels import reference
 from antiphon.kernels.rms_norm import add_rms_norm, rms_norm
@@ -32,6 +34,28 @@ def test_equals_the_reference(
     expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6, unit_offset)
     assert torch.equal(total, expected_total)
     torch.testing.assert_close(normed, expected, **bounds)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    num_tokens=st.integers(0, 5),
+    hidden_size=st.integers(1, 700),
+    dtype=st.sampled_from(list(BOUNDS)),
+    unit_offset=st.booleans(),
+)
+def test_random_shapes_against_float64(
+    num_tokens: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    unit_offset: bool,
+    device: torch.device,
+) -> None:
+    x, _, weight = tensors((num_tokens, hidden_size), dtype, device)
+    wide = x.double()
+    normed = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = normed * (weight.double() + unit_offset)
+    actual = rms_norm(x, weight, 1e-6, unit_offset).double()
+    torch.testing.assert_close(actual, expected, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
 
 
 def test_strided_rows(device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from antiphon.kernels import reference
@@ -81,6 +83,55 @@ def test_half_precision_rotation(dtype: torch.dtype, device: torch.device) -> No
     bound = 4 * torch.finfo(dtype).eps
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    slots=st.lists(st.integers(0, 39), min_size=1, max_size=9, unique=True),
+    heads=st.sampled_from([(2, 2), (4, 1), (9, 3)]),
+    dims=st.sampled_from([(64, 64), (80, 80), (48, 32), (3, 5)]),
+    half_rotary=st.sampled_from([0, 1, 8]),
+    cache_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn]),
+)
+def test_random_shapes(
+    slots: list[int],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    half_rotary: int,
+    cache_dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(len(slots), heads[0], dims[0], device=device)
+    key, value = (torch.randn(len(slots), heads[1], dim, device=device) for dim in dims)
+    rotary = None
+    if half_rotary:
+        rotary = make_rotary(len(slots), min(2 * half_rotary, dims[0] // 2 * 2), torch.float32)
+        rotary = Rotary(rotary.cos.to(device), rotary.sin.to(device))
+    where = torch.tensor(slots, dtype=torch.int64, device=device)
+    caches = [make_cache(dims, heads[1], cache_dtype, device) for _ in range(2)]
+    actual = write_kv(query, key, value, caches[0], where, rotary)
+    expected = reference.write_kv(query, key, value, caches[1], where, rotary)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    # A rotated element between two steps of the format may go either way.
+    relative = {torch.bfloat16: 8e-3, torch.float8_e4m3fn: 0.13}.get(cache_dtype, 1e-5)
+    absolute = 1.0 if cache_dtype == torch.int8 else 1e-5
+    keys, expected_keys = (cache.keys.float() for cache in caches)
+    torch.testing.assert_close(keys, expected_keys, rtol=relative, atol=absolute)
+    assert torch.equal(caches[0].values.float(), caches[1].values.float())
+
+
+def test_a_cache_beyond_32_bit_offsets(device: torch.device) -> None:
+    num_blocks = 2**31 // (16 * 2 * 64) + 2
+    shape = (num_blocks, 16, 2, 64)
+    kv = PagedKV(*(torch.empty(shape, dtype=torch.float16, device=device) for _ in range(2)))
+    x = torch.randn(2, 2, 64, device=device).half()
+    kv.keys[0] = 7.0  # where an offset that wrapped round would land
+    slots = torch.tensor([num_blocks * 16 - 1, num_blocks * 16 - 16], device=device)
+    write_kv(x, x, -x, kv, slots)
+    assert torch.equal(kv.keys[-1, [15, 0]], x)
+    assert torch.equal(kv.values[-1, [15, 0]], -x)
+    assert bool((kv.keys[0] == 7.0).all())
 
 
 def test_views_of_a_merged_projection(device: torch.device) -> None:

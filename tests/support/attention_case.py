@@ -35,7 +35,8 @@ class AttentionCase:
         dtype: Of queries.
         cache_dtype: Of the cache.
         device: Of everything.
-        shared: Leading tokens, whole blocks, that all requests have in common.
+        shared: Leading tokens, whole blocks, that requests have in common.
+        num_alone: How many requests, the last ones, have nothing in common with others.
         seed: Of everything.
     """
 
@@ -47,6 +48,7 @@ class AttentionCase:
     cache_dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     shared: int = 0
+    num_alone: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +63,8 @@ class AttentionCase:
         ]
         self.keys = [torch.randn(n, num_kv_heads, self.dims[0]) for n in self.seq_lens]
         self.values = [torch.randn(n, num_kv_heads, self.dims[1]) for n in self.seq_lens]
-        for keys, values in zip(self.keys, self.values, strict=True):
+        sharing = len(self.requests) - self.num_alone
+        for keys, values in zip(self.keys[:sharing], self.values[:sharing], strict=True):
             keys[: self.shared] = self.keys[0][: self.shared]
             values[: self.shared] = self.values[0][: self.shared]
         for index, table in enumerate(self.tables):
@@ -95,6 +98,24 @@ class AttentionCase:
     def num_decode(self) -> int:
         """Leading requests with at most one new token."""
         return next((i for i, (_, n) in enumerate(self.requests) if n > 1), len(self.requests))
+
+    def move_far(self) -> None:
+        """Put the first block of the first request behind 2**31 elements, few of them touched."""
+        block = self.tables[0][0]
+        num_blocks = 2**31 // self.kv.keys[0].numel() + 2
+        keys, values = (
+            torch.empty((num_blocks, *x.shape[1:]), dtype=torch.float16, device=self.device)
+            for x in (self.kv.keys, self.kv.values)
+        )
+        old = self.kv.keys.shape[0]
+        for far, near in ((keys, self.kv.keys), (values, self.kv.values)):
+            far[:old], far[-1] = near.half(), near[block].half()
+            far[block] = float("nan")
+        self.kv = PagedKV(keys, values)
+        self.tables[0][0] = num_blocks - 1
+        self.keys, self.values = (
+            [x.half().float() for x in each] for each in (self.keys, self.values)
+        )
 
     def query(self, first: int, stop: int) -> Tensor:
         """Packed queries of requests ``[first, stop)``."""
@@ -139,7 +160,12 @@ class AttentionCase:
         free = list(range(sum(needed) + 3))
         rng.shuffle(free)
         shared = [free.pop() for _ in range(self.shared // self.block_size)]
-        return [shared + [free.pop() for _ in range(n - len(shared))] for n in needed]
+        sharing = len(needed) - self.num_alone
+        prefixes = [shared] * sharing + [[]] * self.num_alone
+        return [
+            prefix + [free.pop() for _ in range(n - len(prefix))]
+            for prefix, n in zip(prefixes, needed, strict=True)
+        ]
 
     def _cache(self) -> PagedKV:
         num_blocks = sum(map(len, self.tables)) + 3
