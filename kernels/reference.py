@@ -15,7 +15,12 @@ from torch import Tensor
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, DecodeGroup
 from antiphon.kernels.context_reader import ContextReader, read_slots
 from antiphon.kernels.paged_kv import PagedKV, Rotary, quantise
-from antiphon.kernels.reference_attend import attend, attend_partial, merge_partials
+from antiphon.kernels.reference_attend import (
+    Partial,
+    attend,
+    attend_partial,
+    merge_partials,
+)
 from antiphon.kernels.reference_layers import add_rms_norm, rms_norm, silu_and_mul
 from antiphon.kernels.reference_shared import shared_prefix_attention
 from antiphon.kernels.reference_wire import gather_kv, scatter_kv
@@ -137,16 +142,21 @@ def _attend_sharing(
         return set()
     prefix_out, prefix_lse = shared_prefix_attention(query, kv, batch, features)
     reader = ContextReader(kv, batch, torch.float32, in_place=False)
-    shape = (1, kv.num_kv_heads, -1, query.shape[2])
+    grouped = query.view(query.shape[0], 1, kv.num_kv_heads, -1, query.shape[2]).float()
+    members = [index for prefix in batch.shared_prefixes for index in prefix.members]
+    own: list[Partial] = []
     for prefix in batch.shared_prefixes:
         for index in prefix.members:
             keys, values = reader.read(index, prefix.num_tokens, batch.seq_lens[index])
-            own = attend_partial(query[index].view(shape).float(), keys, values, features, None)
-            suffix = own[0].view_as(prefix_out[index]), own[1].view(-1)
-            out[index] = merge_partials(
-                (prefix_out[index], prefix_lse[index]), suffix, features.sinks
-            )
-    return {index for prefix in batch.shared_prefixes for index in prefix.members}
+            own.append(attend_partial(grouped[index], keys, values, features, None))
+    rows = torch.tensor(members, device=query.device)
+    own_out = torch.cat([part for part, _ in own]).view(len(own), *out.shape[1:])
+    own_lse = torch.cat([lse for _, lse in own]).view(len(own), -1)
+    merged = merge_partials(
+        (prefix_out[rows], prefix_lse[rows]), (own_out, own_lse), features.sinks
+    )
+    out[rows] = merged.to(out.dtype)
+    return set(members)
 
 
 def prefill_attention(

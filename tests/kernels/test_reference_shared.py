@@ -10,8 +10,8 @@ from antiphon.kernels import reference
 from antiphon.kernels.attention_batch import AttentionFeatures, make_attention_batch
 
 PLAIN = AttentionFeatures(0.125)
-# By rising length: two that share 528 tokens, one of them with a block more, and two others.
-REQUESTS = [(529, 1), (560, 1), (600, 1), (650, 1)]
+# By rising length: nine that share 528 tokens, enough to be worth it, and one that does not.
+REQUESTS = [(start, 1) for start in (528, 529, 543, 544, 545, 560, 600, 601, 620, 650)]
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -25,13 +25,13 @@ def test_equals_the_definition(features: str, cache_dtype: torch.dtype) -> None:
         "sinks and soft cap": replace(everything, sliding_window=None, chunk=None),
         "windows are read alone": everything,
     }[features]
-    case = AttentionCase(REQUESTS, shared=528, num_alone=2, cache_dtype=cache_dtype)
+    case = AttentionCase(REQUESTS, shared=528, num_alone=1, cache_dtype=cache_dtype)
     starts = [start for start, _ in REQUESTS]
-    batch = make_attention_batch(case.tables, starts, [1] * 4, case.block_size, case.device)
+    batch = make_attention_batch(case.tables, starts, [1] * 10, case.block_size, case.device)
     (prefix,) = batch.shared_prefixes
-    assert (prefix.members, prefix.num_tokens) == ((0, 1), 528)
-    actual = reference.decode_attention(case.query(0, 4), case.kv, batch, chosen)
-    error = (actual.double() - case.expected(chosen, 0, 4)).abs().max()
+    assert (prefix.members, prefix.num_tokens) == (tuple(range(9)), 528)
+    actual = reference.decode_attention(case.query(0, 10), case.kv, batch, chosen)
+    error = (actual.double() - case.expected(chosen, 0, 10)).abs().max()
     assert float(error) <= case.bound()
 
 
@@ -39,7 +39,7 @@ def test_the_prefix_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What every member reads for itself begins behind what they share."""
     case = AttentionCase(REQUESTS, shared=528)
     starts = [start for start, _ in REQUESTS]
-    batch = make_attention_batch(case.tables, starts, [1] * 4, case.block_size, case.device)
+    batch = make_attention_batch(case.tables, starts, [1] * 10, case.block_size, case.device)
     read: list[tuple[int, int]] = []
     reader = reference.ContextReader
     original = reader.read
@@ -49,5 +49,14 @@ def test_the_prefix_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, index, start, end)
 
     monkeypatch.setattr(reader, "read", counted)
-    reference.decode_attention(case.query(0, 4), case.kv, batch, PLAIN)
-    assert sorted(read) == [(0, 528), (528, 530), (528, 561), (528, 601), (528, 651)]
+    reference.decode_attention(case.query(0, 10), case.kv, batch, PLAIN)
+    own = [(528, start + 1) for start, _ in REQUESTS]
+    assert sorted(read) == [(0, 528), *own]
+
+
+def test_little_is_not_shared() -> None:
+    """Three requests that save reading 1,056 tokens."""
+    case = AttentionCase(REQUESTS[:3], shared=528)
+    starts = [start for start, _ in REQUESTS[:3]]
+    batch = make_attention_batch(case.tables, starts, [1] * 3, case.block_size, case.device)
+    assert not batch.shared_prefixes
