@@ -1,0 +1,29 @@
+{{/* What a schema cannot say. */}}
+{{- define "antiphon.checks" -}}
+{{- $numbers := dict -}}
+{{- range $pool := list "prefill" "decode" "colocated" -}}
+{{- $_ := set $numbers $pool (include "antiphon.pool" (dict "root" $ "pool" $pool) | fromYaml) -}}
+{{- end -}}
+{{- if not (or $numbers.decode.workers $numbers.colocated.workers) -}}
+{{- fail "config.decode.replicas and config.colocated.replicas are both 0: nothing can decode" -}}
+{{- end -}}
+{{- if and $numbers.prefill.workers (not $numbers.decode.workers) -}}
+{{- fail (printf "config.prefill.replicas is %v but config.decode.replicas is 0; prefill workers need decode workers to send to" $numbers.prefill.workers) -}}
+{{- end -}}
+{{- range $pool, $n := $numbers -}}
+{{- $needed := add (int $n.drainSeconds) 40 -}}
+{{- if and $n.workers (lt (int $.Values.terminationGracePeriodSeconds) (int $needed)) -}}
+{{- fail (printf "terminationGracePeriodSeconds: got %d; %s workers finish their requests for up to %v s and need 40 s around that: at least %d" (int $.Values.terminationGracePeriodSeconds) $pool $n.drainSeconds $needed) -}}
+{{- end -}}
+{{- end -}}
+{{- $ingresses := (get .Values.config "http" | default dict).ingress_replicas | default 1 | int -}}
+{{- if and .Values.podMonitor.enabled (gt $ingresses 1) -}}
+{{- fail (printf "podMonitor.enabled: config.http.ingress_replicas is %d, and a scrape of /metrics through Serve reaches any one of them, so counters would jump; use one ingress, or scrape otherwise" $ingresses) -}}
+{{- end -}}
+{{- if and .Values.modelCache.persistentVolumeClaim.existingClaim (not .Values.modelCache.persistentVolumeClaim.enabled) -}}
+{{- fail "modelCache.persistentVolumeClaim.existingClaim is set but modelCache.persistentVolumeClaim.enabled is false" -}}
+{{- end -}}
+{{- if and .Values.networkPolicy.egress (not .Values.networkPolicy.restrictEgress) -}}
+{{- fail "networkPolicy.egress is set but networkPolicy.restrictEgress is false, so everything is allowed" -}}
+{{- end -}}
+{{- end -}}

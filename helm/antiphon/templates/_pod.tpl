@@ -1,0 +1,183 @@
+{{/* The pod of one Ray node.
+     Arguments: dict "root" $ "component" "head" or a pool, "values" its values, "container" its name,
+     "ports", "resources", and for a pool "numbers". */}}
+{{- define "antiphon.pod" -}}
+{{- $root := .root -}}
+{{- $isHead := eq .component "head" -}}
+metadata:
+  labels:
+    {{- include "antiphon.selectorLabels" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ .component }}
+  {{- if or .values.podAnnotations (not $isHead) }}
+  annotations:
+    {{- with .values.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+    {{- if not (or $isHead $root.Values.autoscaling.enabled) }}
+    # KubeRay ignores a changed number of pods; a changed template makes it act.
+    antiphon/pods: {{ .numbers.pods | quote }}
+    {{- end }}
+  {{- end }}
+spec:
+  {{- if not (and $isHead $root.Values.autoscaling.enabled) }}
+  serviceAccountName: {{ include "antiphon.serviceAccount" $root }}
+  automountServiceAccountToken: false
+  {{- end }}
+  {{- with $root.Values.imagePullSecrets }}
+  imagePullSecrets:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .values.priorityClassName }}
+  priorityClassName: {{ . }}
+  {{- end }}
+  {{- if not $isHead }}
+  {{- with .values.gpu.runtimeClassName }}
+  runtimeClassName: {{ . }}
+  {{- end }}
+  terminationGracePeriodSeconds: {{ int $root.Values.terminationGracePeriodSeconds }}
+  {{- if $root.Values.autoscaling.enabled }}
+  restartPolicy: Never
+  {{- end }}
+  {{- end }}
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: {{ int $root.Values.securityContext.userId }}
+    runAsGroup: {{ int $root.Values.securityContext.groupId }}
+    fsGroup: {{ int $root.Values.securityContext.groupId }}
+    # Changing the owner of every file of a large model would delay each start by minutes.
+    fsGroupChangePolicy: OnRootMismatch
+    seccompProfile:
+      type: RuntimeDefault
+  {{- $selector := deepCopy .values.nodeSelector }}
+  {{- if and (not $isHead) .values.gpu.product }}
+  {{- $_ := set $selector (printf "%s.product" .values.gpu.resource) .values.gpu.product }}
+  {{- end }}
+  {{- with $selector }}
+  nodeSelector:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .values.tolerations }}
+  tolerations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .values.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- if and (not $isHead) .values.topologyKey }}
+  topologySpreadConstraints:
+    - maxSkew: 1
+      topologyKey: {{ .values.topologyKey }}
+      whenUnsatisfiable: ScheduleAnyway
+      labelSelector:
+        matchLabels:
+          {{- include "antiphon.selectorLabels" $root | nindent 10 }}
+          app.kubernetes.io/component: {{ .component }}
+  {{- end }}
+  containers:
+    - name: {{ .container }}
+      image: {{ include "antiphon.image" $root | quote }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      ports:
+        {{- toYaml .ports | nindent 8 }}
+      env:
+        {{- include "antiphon.env" $root | nindent 8 }}
+        {{- with concat $root.Values.env .values.env }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      resources:
+        {{- toYaml .resources | nindent 8 }}
+      {{- include "antiphon.probes" (dict "root" $root "isHead" $isHead) | nindent 6 }}
+      {{- if not $isHead }}
+      lifecycle:
+        preStop:
+          exec:
+            command: [antiphon, drain, --within, {{ sub $root.Values.terminationGracePeriodSeconds 10 | toString | quote }}]
+      {{- end }}
+      securityContext:
+        {{- include "antiphon.containerSecurity" . | nindent 8 }}
+      volumeMounts:
+        {{- include "antiphon.mounts" $root | nindent 8 }}
+  volumes:
+    {{- include "antiphon.volumes" $root | nindent 4 }}
+{{- end -}}
+
+{{- define "antiphon.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{/* Everything that is written lies in /tmp or in the cache: the root file system is read-only. */}}
+{{- define "antiphon.env" -}}
+- name: HOME
+  value: /tmp
+- name: XDG_CACHE_HOME
+  value: {{ .Values.modelCache.mountPath }}
+- name: HF_HOME
+  value: {{ .Values.modelCache.mountPath }}/huggingface
+- name: TRITON_CACHE_DIR
+  value: {{ .Values.modelCache.mountPath }}/triton
+- name: OMP_WAIT_POLICY
+  value: PASSIVE
+- name: RAY_USAGE_STATS_ENABLED
+  value: "0"
+{{- end -}}
+
+{{/* Those that KubeRay would inject need wget, and would leave the proxy out of the head's.
+     A worker's pod takes HTTP traffic once its Serve proxy has routes; models load without bound. */}}
+{{- define "antiphon.probes" -}}
+livenessProbe:
+  httpGet:
+    path: /api/healthz
+    port: agent
+  initialDelaySeconds: 30
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 12
+readinessProbe:
+  httpGet:
+    path: {{ ternary "/api/healthz" "/-/healthz" .isHead }}
+    port: {{ ternary "agent" "serve" .isHead }}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: {{ ternary 3 1 .isHead }}
+{{- end -}}
+
+{{- define "antiphon.mounts" -}}
+- name: tmp
+  mountPath: /tmp
+- name: shared-memory
+  mountPath: /dev/shm
+- name: cache
+  mountPath: {{ .Values.modelCache.mountPath }}
+{{- if .Values.models.existingClaim }}
+- name: models
+  mountPath: {{ .Values.models.mountPath }}
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "antiphon.volumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: shared-memory
+  emptyDir:
+    medium: Memory
+    sizeLimit: {{ .Values.sharedMemory }}
+- name: cache
+{{- if .Values.modelCache.persistentVolumeClaim.enabled }}
+  persistentVolumeClaim:
+    claimName: {{ include "antiphon.cacheClaim" . }}
+{{- else }}
+  emptyDir:
+    sizeLimit: {{ .Values.modelCache.sizeLimit }}
+{{- end }}
+{{- if .Values.models.existingClaim }}
+- name: models
+  persistentVolumeClaim:
+    claimName: {{ .Values.models.existingClaim }}
+    readOnly: true
+{{- end }}
+{{- end -}}

@@ -1,0 +1,73 @@
+{{/* Numbers of a pool, by the rules of the configuration document: a pool that is not named has its
+     default number of workers, one that is named without replicas has one.
+     Arguments: dict "root" $ "pool" "prefill". Returns YAML. */}}
+{{- define "antiphon.pool" -}}
+{{- $values := index .root.Values.pools .pool -}}
+{{- $section := get .root.Values.config .pool | default dict -}}
+{{- $unnamed := dict "prefill" 1 "decode" 1 "colocated" 0 -}}
+{{- $workers := get $unnamed .pool -}}
+{{- if hasKey .root.Values.config .pool -}}
+{{- $workers = ternary $section.replicas 1 (hasKey $section "replicas") -}}
+{{- end -}}
+{{- $workers = int $workers -}}
+{{- $perPod := int $values.workersPerPod -}}
+{{- $pods := div (add $workers (sub $perPod 1)) $perPod | int -}}
+{{- $cpus := mulf $perPod (ternary $section.num_cpus 1.0 (hasKey $section "num_cpus")) -}}
+{{- $gpus := mulf $perPod ($section.num_gpus | default 0.0) -}}
+{{- if ne $gpus (floor $gpus) -}}
+{{- fail (printf "pools.%s.workersPerPod: %d workers with config.%s.num_gpus %v make %v GPUs for one pod; that has to be a whole number" .pool $perPod .pool $section.num_gpus $gpus) -}}
+{{- end -}}
+{{- $maxPods := $pods -}}
+{{- if .root.Values.autoscaling.enabled -}}
+{{- $maxPods = max $pods $values.maxPods | int -}}
+{{- else if gt (int $values.maxPods) 0 -}}
+{{- fail (printf "pools.%s.maxPods: got %d, but autoscaling.enabled is false, so nothing would add pods" .pool (int $values.maxPods)) -}}
+{{- end -}}
+workers: {{ $workers }}
+perPod: {{ $perPod }}
+pods: {{ $pods }}
+maxPods: {{ $maxPods }}
+cpus: {{ $cpus }}
+gpus: {{ int $gpus }}
+drainSeconds: {{ $section.drain_seconds | default 20 }}
+{{- end -}}
+
+{{- define "antiphon.poolResource" -}}
+{{- printf "antiphon_%s" . -}}
+{{- end -}}
+
+{{- define "antiphon.port" -}}
+{{- (get .Values.config "http" | default dict).port | default 8000 | int -}}
+{{- end -}}
+
+{{/* The document that Serve deploys. */}}
+{{- define "antiphon.serveConfig" -}}
+{{- $config := deepCopy .Values.config -}}
+{{- range $pool := list "prefill" "decode" "colocated" -}}
+{{- $numbers := include "antiphon.pool" (dict "root" $ "pool" $pool) | fromYaml -}}
+{{- if $numbers.workers -}}
+{{- $section := get $config $pool | default dict -}}
+{{- $place := dict (include "antiphon.poolResource" $pool) 1 -}}
+{{- $_ := set $section "resources" (merge $place ($section.resources | default dict)) -}}
+{{- $_ := set $config $pool $section -}}
+{{- end -}}
+{{- end -}}
+proxy_location: EveryNode
+http_options:
+  host: 0.0.0.0
+  port: {{ include "antiphon.port" . }}
+applications:
+  - name: antiphon
+    route_prefix: /
+    import_path: antiphon.deployment.application:app
+    args:
+      {{- toYaml $config | nindent 6 }}
+{{- end -}}
+
+{{/* What the workers reserve, and what Ray's own processes and the proxy need. No limit: a throttled
+     decode step stalls every stream. Arguments: dict "numbers" "values". */}}
+{{- define "antiphon.podCpu" -}}
+{{- $ray := .values.rayCpu | toString -}}
+{{- $milli := ternary (trimSuffix "m" $ray | float64) (mulf 1000 (float64 $ray)) (hasSuffix "m" $ray) -}}
+{{- printf "%dm" (addf (mulf 1000 .numbers.cpus) $milli | int) -}}
+{{- end -}}

@@ -1,0 +1,73 @@
+"""Nonsense is refused, by words that say what is wrong."""
+
+from typing import Any
+
+import pytest
+from helm_chart import Helm
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"replicas": 3}, "additional properties 'replicas' not allowed"),
+    ({"pools": {"prefil": {}}}, "at '/pools': additional properties 'prefil' not allowed"),
+    (
+        {"pools": {"prefill": {"replicas": 2}}},
+        "at '/pools/prefill': additional properties 'replicas' not allowed",
+    ),
+    ({"config": {"decode": {"replica": 2}}}, "additional properties 'replica' not allowed"),
+    (
+        {"config": {"decode": {"engine": {"block_size": 0}}}},
+        "at '/config/decode/engine/block_size': minimum: got 0, want 1",
+    ),
+    (
+        {"config": {"decode": {"engine": {"kv_cache_dtype": "int4"}}}},
+        "value must be one of 'auto', 'float32'",
+    ),
+    ({"config": {"http": {"port": 70000}}}, "at '/config/http/port': maximum: got 70,000"),
+    ({"config": {"prefill": {"num_gpus": -1}}}, "minimum: got -1, want 0"),
+    ({"pools": {"decode": {"workersPerPod": 0}}}, "minimum: got 0, want 1"),
+    ({"pools": {"decode": {"memory": "8 GB"}}}, "at '/pools/decode/memory': '8 GB' does not match"),
+    ({"head": {"cpu": "two"}}, "at '/head/cpu': 'two' does not match"),
+    ({"image": {"pullPolicy": "Sometimes"}}, "must be one of 'Always', 'IfNotPresent', 'Never'"),
+    ({"image": {"digest": "sha256:12"}}, "at '/image/digest': 'sha256:12' does not match"),
+    ({"env": [{"NAME": "value"}]}, "at '/env/0': missing property 'name'"),
+    ({"upgrade": {"strategy": "Rolling"}}, "must be one of 'NewCluster', 'None'"),
+    ({"ingress": {"enabled": True}}, "at '/ingress/host': minLength: got 0, want 1"),
+    ({"httpRoute": {"enabled": True}}, "at '/httpRoute/parentRefs': minItems: got 0, want 1"),
+    ({"securityContext": {"userId": 0}}, "at '/securityContext/userId': minimum: got 0, want 1"),
+    ({"networkPolicy": {"operatorPeers": []}}, "minItems: got 0, want 1"),
+    (
+        {"config": {"decode": {"replicas": 0}, "colocated": {"replicas": 1}}},
+        "config.prefill.replicas is 1 but config.decode.replicas is 0; prefill workers need decode",
+    ),
+    (
+        {"config": {"prefill": {"replicas": 0}, "decode": {"replicas": 0}}},
+        "config.decode.replicas and config.colocated.replicas are both 0: nothing can decode",
+    ),
+    (
+        {"config": {"decode": {"num_gpus": 0.5}}},
+        "pools.decode.workersPerPod: 1 workers with config.decode.num_gpus 0.5 make 0.5 GPUs",
+    ),
+    (
+        {"pools": {"decode": {"maxPods": 4}}},
+        "pools.decode.maxPods: got 4, but autoscaling.enabled is false",
+    ),
+    ({"terminationGracePeriodSeconds": 30}, "minimum: got 30, want 60"),
+    (
+        {"podMonitor": {"enabled": True}, "config": {"http": {"ingress_replicas": 2}}},
+        "podMonitor.enabled: config.http.ingress_replicas is 2",
+    ),
+    (
+        {"modelCache": {"persistentVolumeClaim": {"existingClaim": "cache"}}},
+        "existingClaim is set but modelCache.persistentVolumeClaim.enabled is false",
+    ),
+    (
+        {"networkPolicy": {"egress": [{"ports": [{"port": 443}]}]}},
+        "networkPolicy.egress is set but networkPolicy.restrictEgress is false",
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), REFUSED, ids=[words[:60] for _, words in REFUSED])
+def test_nonsense_is_refused(helm: Helm, values: dict[str, Any], words: str) -> None:
+    answer = helm.template(overrides=values)
+    assert answer.returncode != 0
+    assert words in answer.stderr, answer.stderr
