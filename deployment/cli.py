@@ -53,6 +53,24 @@ def serve(
         raise typer.Exit(2) from None
 
 
+@app.command()
+def drain(
+    within: Annotated[float, typer.Option(help="Seconds that it may take.", min=1)] = 110.0,
+    node: Annotated[
+        str | None, typer.Option(help="Ray's id of the node; default: the one on this machine.")
+    ] = None,
+) -> None:
+    """Empty this Ray node before it is stopped: workers start elsewhere, requests finish."""
+    from antiphon.deployment.node_drain import drain_node
+
+    try:
+        is_empty = drain_node(node, within, typer.echo)
+    except ConfigError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(0 if is_empty else 1)
+
+
 def merge_options(
     config: Path | None, model: str | None, pools: dict[str, int | None], http: dict[str, Any]
 ) -> AntiphonConfig:

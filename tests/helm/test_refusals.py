@@ -50,7 +50,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"pools": {"decode": {"maxPods": 4}}},
         "pools.decode.maxPods: got 4, but autoscaling.enabled is false",
     ),
-    ({"terminationGracePeriodSeconds": 30}, "minimum: got 30, want 60"),
+    (
+        {"terminationGracePeriodSeconds": 90},
+        "may take 60 s to finish, and 40 s are needed around that: at least 100",
+    ),
     (
         {"podMonitor": {"enabled": True}, "config": {"http": {"ingress_replicas": 2}}},
         "podMonitor.enabled: config.http.ingress_replicas is 2",

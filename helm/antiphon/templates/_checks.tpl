@@ -10,13 +10,18 @@
 {{- if and $numbers.prefill.workers (not $numbers.decode.workers) -}}
 {{- fail (printf "config.prefill.replicas is %v but config.decode.replicas is 0; prefill workers need decode workers to send to" $numbers.prefill.workers) -}}
 {{- end -}}
+{{- $http := get .Values.config "http" | default dict -}}
+{{- $drain := float64 ($http.drain_seconds | default 60) -}}
 {{- range $pool, $n := $numbers -}}
-{{- $needed := add (int $n.drainSeconds) 40 -}}
-{{- if and $n.workers (lt (int $.Values.terminationGracePeriodSeconds) (int $needed)) -}}
-{{- fail (printf "terminationGracePeriodSeconds: got %d; %s workers finish their requests for up to %v s and need 40 s around that: at least %d" (int $.Values.terminationGracePeriodSeconds) $pool $n.drainSeconds $needed) -}}
+{{- if $n.workers -}}
+{{- $drain = maxf $drain $n.drainSeconds -}}
 {{- end -}}
 {{- end -}}
-{{- $ingresses := (get .Values.config "http" | default dict).ingress_replicas | default 1 | int -}}
+{{- $needed := add (ceil $drain) 40 | int -}}
+{{- if lt (int .Values.terminationGracePeriodSeconds) $needed -}}
+{{- fail (printf "terminationGracePeriodSeconds: got %d; requests on a pod that leaves may take %v s to finish, and 40 s are needed around that: at least %d" (int .Values.terminationGracePeriodSeconds) $drain $needed) -}}
+{{- end -}}
+{{- $ingresses := $http.ingress_replicas | default 1 | int -}}
 {{- if and .Values.podMonitor.enabled (gt $ingresses 1) -}}
 {{- fail (printf "podMonitor.enabled: config.http.ingress_replicas is %d, and a scrape of /metrics through Serve reaches any one of them, so counters would jump; use one ingress, or scrape otherwise" $ingresses) -}}
 {{- end -}}
