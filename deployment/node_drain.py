@@ -15,15 +15,20 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray import _raylet
-from ray._private import services
-from ray._private.state import GlobalState
+import ray._private.services
+import ray._private.state
+import ray._raylet
 from ray.core.generated import autoscaler_pb2
 
 from antiphon.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+# Ray has no public call for this; what is used here is that of its own command `ray drain-node`.
+_services: Any = ray._private.services
+_state: Any = ray._private.state
+_raylet: Any = ray._raylet
+_protocol: Any = autoscaler_pb2
 _POLL_SECONDS = 0.5
 _SERVE = "SERVE_"  # what the names of Serve's actors begin with
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
@@ -42,7 +47,7 @@ def drain_node(
     Raises:
         ConfigError: No cluster runs here, the node cannot be told, or it is the head.
     """
-    address = services.get_ray_address_from_environment(None, None)
+    address = _services.get_ray_address_from_environment(None, None)
     if address is None:
         raise ConfigError("no Ray cluster runs on this machine, and RAY_ADDRESS is not set")
     deadline = time.monotonic() + within_seconds
@@ -64,18 +69,18 @@ def drain_node(
     return True
 
 
-def _connect(address: str) -> GlobalState:
+def _connect(address: str) -> Any:
     """Read the cluster's tables without joining it: a driver would die with the node."""
     options = _raylet.GcsClientOptions.create(
         address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=True
     )
-    state = GlobalState()
+    state = _state.GlobalState()
     state._initialize_global_state(options)
     return state
 
 
 def _node_here(nodes: list[Mapping[str, Any]], address: str) -> str:
-    host = services.get_node_ip_address(address)
+    host = _services.get_node_ip_address(address)
     here = [n["NodeID"] for n in nodes if n["Alive"] and n["NodeManagerAddress"] == host]
     if len(here) != 1:
         raise ConfigError(
@@ -85,7 +90,7 @@ def _node_here(nodes: list[Mapping[str, Any]], address: str) -> str:
     return str(here[0])
 
 
-def _serve_actors(cluster: GlobalState, node_id: str) -> set[str]:
+def _serve_actors(cluster: Any, node_id: str) -> set[str]:
     actors = cluster.actor_table(None, actor_state_name="ALIVE").values()
     names = (str(a["Name"]) for a in actors if a["Address"]["NodeID"] == node_id)
     return {name for name in names if name.startswith(_SERVE)}
@@ -96,7 +101,7 @@ def _ask(address: str, node_id: str, within_seconds: float) -> None:
     accepted, reason = client.drain_node(
         node_id,
         # The other reason, idle, is refused by a node that has work.
-        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        _protocol.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
         "this node is being stopped",
         int((time.time() + within_seconds) * 1000),
     )

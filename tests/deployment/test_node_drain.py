@@ -1,4 +1,4 @@
-"""Which node ``antiphon drain`` takes for its own; the draining itself is tests/e2e/test_chart.py."""
+"""Which node ``antiphon drain`` takes for its own; tests/e2e/test_chart.py drains one."""
 
 import pytest
 from ray._private import services

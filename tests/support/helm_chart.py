@@ -79,7 +79,9 @@ class Helm:
             arguments += ["--set-json", f"{key}={json.dumps(value)}"]
         return self.run("template", RELEASE, str(CHART), "--namespace", "serving", *arguments)
 
-    def render(self, example: Path | None = None, overrides: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self, example: Path | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> str:
         answer = self.template(example, overrides)
         assert answer.returncode == 0, answer.stderr
         return answer.stdout

@@ -30,6 +30,11 @@ maxPods: {{ $maxPods }}
 cpus: {{ $cpus }}
 gpus: {{ int $gpus }}
 drainSeconds: {{ $section.drain_seconds | default 20 }}
+{{- $offered := dict (include "antiphon.poolResource" .pool) $perPod -}}
+{{- range $name, $amount := $section.resources | default dict -}}
+{{- $_ := set $offered $name (mulf $perPod $amount) -}}
+{{- end }}
+resources: {{ $offered | toJson }}
 {{- end -}}
 
 {{- define "antiphon.poolResource" -}}

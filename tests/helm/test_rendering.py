@@ -1,0 +1,138 @@
+"""What the chart derives from the configuration, and keeps to itself."""
+
+import warnings
+from typing import Any
+
+import pytest
+import ray_nodes
+from helm_chart import Helm, objects, only, serve_config
+
+from antiphon.config import AntiphonConfig, parse_config
+
+with warnings.catch_warnings():
+    # Importing ray.serve uses pydantic in a way that pydantic deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from ray.serve.schema import ServeDeploySchema
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"prefill": {"replicas": 3}, "decode": {"num_cpus": 2.5}},
+    {"prefill": {"replicas": 0}, "decode": {"replicas": 0}, "colocated": {}},
+    {"colocated": {"replicas": 5, "num_gpus": 1, "resources": {"fast_disk": 0.5}}},
+    {"decode": {"engine": {"kv_cache_bytes": 68719476736}}, "http": {"port": 9000}},
+]
+
+
+def groups(rendered: str) -> dict[str, dict[str, Any]]:
+    cluster = only(rendered, "RayService")["spec"]["rayClusterConfig"]
+    return {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+
+
+def arguments(rendered: str) -> AntiphonConfig:
+    """The configuration that the application gets."""
+    (application,) = ServeDeploySchema.model_validate(serve_config(rendered)).applications
+    assert application.import_path == "antiphon.deployment.application:app"
+    return parse_config(application.args)
+
+
+def test_examples_are_configurations_of_serve_and_of_antiphon(rendered: str) -> None:
+    assert groups(rendered).keys() == arguments(rendered).pools.keys()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_the_configuration_is_passed_through(helm: Helm, config: dict[str, Any]) -> None:
+    expected = parse_config(config).model_dump()
+    for role, section in parse_config(config).pools.items():
+        expected[role]["resources"] = {**section.resources, f"antiphon_{role}": 1}
+    assert arguments(helm.render(overrides={"config": config})).model_dump() == expected
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("per_pod", [1, 2, 4])
+def test_each_pool_has_pods_that_hold_its_workers(
+    helm: Helm, config: dict[str, Any], per_pod: int
+) -> None:
+    pools = {pool: {"workersPerPod": per_pod} for pool in ("prefill", "decode", "colocated")}
+    rendered = groups(helm.render(overrides={"config": config, "pools": pools}))
+    expected = parse_config(config).pools
+    assert rendered.keys() == expected.keys()
+    for role, group in rendered.items():
+        pool, node = expected[role], ray_nodes.node_options(group["rayStartParams"])
+        assert group["replicas"] == group["maxReplicas"] == -(-pool.replicas // per_pod)
+        offered = {name: per_pod * amount for name, amount in pool.resources.items()}
+        assert node["resources"] == {f"antiphon_{role}": per_pod, **offered}
+        assert node["num_cpus"] >= per_pod * pool.num_cpus
+        assert node["num_gpus"] == per_pod * pool.num_gpus
+        resources = group["template"]["spec"]["containers"][0]["resources"]
+        assert resources["limits"].get("nvidia.com/gpu", 0) == node["num_gpus"]
+        milli = int(resources["requests"]["cpu"].removesuffix("m"))
+        assert milli == 1000 * per_pod * pool.num_cpus + 500
+
+
+def test_the_head_runs_no_worker(rendered: str) -> None:
+    head = only(rendered, "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]
+    node = ray_nodes.node_options(head["rayStartParams"])
+    assert (node["num_cpus"], node["num_gpus"], node["resources"]) == (0, 0, {})
+
+
+def test_a_changed_number_of_pods_changes_the_template_unless_pods_follow(helm: Helm) -> None:
+    """KubeRay compares clusters without their numbers of pods."""
+
+    def template(workers: int, autoscaling: bool) -> Any:
+        config = {"decode": {"replicas": workers}}
+        values = {"config": config, "autoscaling": {"enabled": autoscaling}}
+        return groups(helm.render(overrides=values))["decode"]["template"]
+
+    assert template(2, autoscaling=False) != template(3, autoscaling=False)
+    assert template(2, autoscaling=True) == template(3, autoscaling=True)
+
+
+def test_pods_may_follow_up_to_a_limit(helm: Helm) -> None:
+    values = {
+        "config": {"decode": {"replicas": 3}},
+        "pools": {"decode": {"maxPods": 8}},
+        "autoscaling": {"enabled": True},
+    }
+    group = groups(helm.render(overrides=values))["decode"]
+    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (1, 3, 8)
+    assert group["template"]["spec"]["restartPolicy"] == "Never"
+
+
+def test_from_outside_only_the_http_port_is_reachable(helm: Helm) -> None:
+    rendered = helm.render(overrides={"podMonitor": {"enabled": True}})
+    rules = only(rendered, "NetworkPolicy")["spec"]["ingress"]
+    open_to_all = [rule for rule in rules if "from" not in rule]
+    assert open_to_all == [{"ports": [{"port": "serve"}]}]
+    (inside,) = [rule for rule in rules if "ports" not in rule]
+    (peer,) = inside["from"]
+    labels = peer["podSelector"]["matchLabels"]
+    for group in groups(rendered).values():
+        assert labels.items() <= group["template"]["metadata"]["labels"].items()
+
+
+def test_routes_lead_to_the_api_and_to_nothing_else(helm: Helm) -> None:
+    values = {
+        "ingress": {"enabled": True, "host": "llm.example.com"},
+        "httpRoute": {"enabled": True, "parentRefs": [{"name": "public"}]},
+    }
+    rendered = helm.render(overrides=values)
+    (rule,) = only(rendered, "Ingress")["spec"]["rules"]
+    assert {path["path"] for path in rule["http"]["paths"]} == {"/v1", "/health", "/ready"}
+    (rule,) = only(rendered, "HTTPRoute")["spec"]["rules"]
+    assert {m["path"]["value"] for m in rule["matches"]} == {"/v1", "/health", "/ready"}
+
+
+def test_a_pool_of_one_pod_can_be_moved_and_larger_ones_keep_all_but_one(helm: Helm) -> None:
+    rendered = helm.render(overrides={"config": {"decode": {"replicas": 4}}})
+    budgets = [item for item in objects(rendered) if item["kind"] == "PodDisruptionBudget"]
+    assert [(item["metadata"]["name"], item["spec"]["minAvailable"]) for item in budgets] == [
+        ("demo-antiphon-decode", 3)
+    ]
+
+
+def test_a_pod_leaves_within_its_grace(rendered: str) -> None:
+    for group in groups(rendered).values():
+        spec = group["template"]["spec"]
+        command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert command[:-1] == ["antiphon", "drain", "--within"]
+        assert spec["terminationGracePeriodSeconds"] - int(command[-1]) == 10
