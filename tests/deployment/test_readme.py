@@ -3,16 +3,14 @@
 import ast
 import json
 import re
-import shlex
 import warnings
 from collections.abc import Iterator
-from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import typer.main
 import yaml
+from page_commands import PATHS, blocks, check, check_import_path, commands
 from pydantic import BaseModel
 from tiny_models import FAMILIES, REFUSED
 
@@ -27,36 +25,15 @@ with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.
     warnings.simplefilter("ignore", DeprecationWarning)
     from ray.serve.schema import ServeDeploySchema
-    from ray.serve.scripts import cli as serve_command
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready"}
-PATHS |= {"/metrics", "/workers"}
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 def section(heading: str) -> str:
     _, _, rest = README.partition(f"## {heading}\n")
     assert rest, f"the README has no section {heading!r}"
     return rest.partition("\n## ")[0]
-
-
-def commands() -> list[list[str]]:
-    found, pending = [], ""
-    for line in "\n".join(blocks("bash")).replace("\\\n", " ").splitlines():
-        pending += f"{line}\n"
-        try:
-            words = shlex.split(pending, comments=True)
-        except ValueError:
-            continue  # a quotation goes on in the next line
-        pending = ""
-        found += [words] if words else []
-    assert not pending, f"no end of quotation: {pending}"
-    return found
 
 
 # The table of the configuration.
@@ -90,7 +67,7 @@ def test_every_configuration_key_is_in_the_table_with_its_default():
 
 
 def test_the_examples_of_configurations_are_valid():
-    documents = [yaml.safe_load(block) for block in blocks("yaml")]
+    documents = [yaml.safe_load(block) for block in blocks(README, "yaml")]
     kinds = {"applications" in document for document in documents}
     assert kinds == {True, False}
     for document in documents:
@@ -105,63 +82,16 @@ def test_the_examples_of_configurations_are_valid():
 # Commands.
 
 
-def check_antiphon(words: list[str]) -> None:
-    group = typer.main.get_command(antiphon_command)
-    command = group.commands[words[0]]  # type: ignore[attr-defined]
-    command.make_context("antiphon", words[1:])  # raises on an unknown option or a wrong value
-
-
-def check_make(words: list[str]) -> None:
-    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    target, *variables = words
-    assert target in targets
-    for variable in variables:
-        name, _, value = variable.partition("=")
-        assert (target, name) == ("serve", "ARGS")
-        check_antiphon(["serve", *shlex.split(value)])
-
-
-def check_import_path(path: str) -> None:
-    module, _, name = path.partition(":")
-    assert callable(getattr(import_module(module), name))
-
-
-def check_serve(words: list[str]) -> None:
-    command = serve_command.commands[words[0]]
-    context = command.make_context("serve", words[1:])
-    target = context.params.get("config_or_import_path") or ""
-    if ":" in target:
-        check_import_path(target)
-
-
-def check_curl(words: list[str]) -> None:
-    (url,) = (word for word in words if word.startswith("http"))
-    path = re.sub(r"^http://[^/]*", "", url)
-    assert path in PATHS
-    bodies = [value for option, value in pairwise(words) if option == "-d"]
-    model = ChatCompletionRequest if "chat" in path else CompletionRequest
-    for body in bodies:
-        model.model_validate_json(body)
-
-
-CHECKS = {
-    "antiphon": check_antiphon,
-    "curl": check_curl,
-    "make": check_make,
-    "serve": check_serve,
-}
-
-
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", commands(README), ids=" ".join)
 def test_every_command_is_known(words):
-    CHECKS[Path(words[0]).name](words[1:])
+    check(words)
 
 
 def test_the_two_commands_come_first():
-    assert [words[:2] for words in commands()[:2]] == [["make", "serve"], ["make", "test"]]
+    assert [words[:2] for words in commands(README)[:2]] == [["make", "serve"], ["make", "test"]]
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", blocks(README, "python"))
 def test_python_examples_are_python(block):
     ast.parse(block)
 

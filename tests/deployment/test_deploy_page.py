@@ -1,0 +1,90 @@
+"""docs/deploy.md and the files it explains are what Ray, Serve and this program accept."""
+
+import re
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from page_commands import ROOT, blocks, check, commands
+
+from antiphon.config import parse_config
+
+with warnings.catch_warnings():
+    # Importing ray.serve uses pydantic in a way that pydantic deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray.scripts.scripts import cli as ray_command
+    from ray.serve.schema import ServeDeploySchema
+
+PAGES = [ROOT / "docs/deploy.md", ROOT / "helm/antiphon/README.md"]
+CLUSTER = ROOT / "deployment/ray-cluster.yaml"
+COMMANDS = [words for page in PAGES for words in commands(page.read_text())]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_is_known(words: list[str]) -> None:
+    check(words)
+
+
+def test_the_examples_of_configurations_are_valid() -> None:
+    documents = [yaml.safe_load(block) for block in blocks(PAGES[0].read_text(), "yaml")]
+    assert documents
+    for document in documents:
+        for application in ServeDeploySchema.model_validate(document).applications:
+            parse_config(application.args)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name) if name else page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.*)$", linked.read_text() if anchor else "", re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+        assert not anchor or anchor in anchors, target
+
+
+def start_commands() -> dict[str, list[str]]:
+    config: dict[str, Any] = yaml.safe_load(CLUSTER.read_text())
+    return {kind: config[f"{kind}_start_ray_commands"] for kind in ("head", "worker")}
+
+
+def test_ray_accepts_the_cluster() -> None:
+    config = prepare_config(yaml.safe_load(CLUSTER.read_text()))
+    validate_config(config)
+    assert config["max_workers"] == len(config["provider"]["worker_ips"])
+
+
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_nodes_start_with_options_that_ray_has(kind: str, tmp_path: Path) -> None:
+    """The shell reads the commands; programs that print their arguments stand in for Ray's."""
+    (tmp_path / "pool").write_text("decode\n")
+    (tmp_path / "workers").write_text("4\n")
+    for name in ("ray", "antiphon"):
+        program = tmp_path / name
+        program.write_text('#!/bin/sh\nprintf "%s\\0" "$@"; echo\n')
+        program.chmod(0o755)
+    script = "\n".join(start_commands()[kind])
+    script = script.replace("/opt/antiphon/bin", str(tmp_path)).replace(
+        "/etc/antiphon", str(tmp_path)
+    )
+    answer = subprocess.run(
+        ["bash", "-uc", script],
+        env={"RAY_HEAD_IP": "10.0.0.10", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    calls = [line.rstrip("\0").split("\0") for line in answer.stdout.splitlines()]
+    (options,) = [call[1:] for call in calls if call[0] == "start"]
+    parsed = ray_command.commands["start"].make_context("ray", list(options)).params
+    if kind == "head":
+        assert (parsed["head"], parsed["num_cpus"], parsed["num_gpus"]) == (True, 0, 0)
+    else:
+        assert parsed["address"] == "10.0.0.10:6379"
+        assert yaml.safe_load(parsed["resources"]) == {"antiphon_decode": 4}
