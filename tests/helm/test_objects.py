@@ -76,7 +76,19 @@ def parts(rendered: str) -> list[dict[str, Any]]:
     return [*found, *pods, spec["serveService"]]
 
 
+def nulls(part: Any, path: str) -> list[str]:
+    """Where a value is missing; Kubernetes' own schemas let that pass, KubeRay's do not."""
+    if isinstance(part, dict):
+        return [found for key, value in part.items() for found in nulls(value, f"{path}.{key}")]
+    if isinstance(part, list):
+        return [
+            found for index, value in enumerate(part) for found in nulls(value, f"{path}.{index}")
+        ]
+    return [path] if part is None else []
+
+
 def check(rendered: str, version: str) -> None:
+    assert nulls(objects(rendered), "") == []
     rayservice_schema().validate(only(rendered, "RayService")["spec"])
     for part in parts(rendered):
         kubernetes_validate.validate(part, version, strict=True)

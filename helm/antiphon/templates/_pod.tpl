@@ -8,15 +8,14 @@ metadata:
   labels:
     {{- include "antiphon.selectorLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .component }}
-  {{- if or .values.podAnnotations (not $isHead) }}
+  {{- $annotations := deepCopy .values.podAnnotations }}
+  {{- if not (or $isHead $root.Values.autoscaling.enabled) }}
+  {{- /* KubeRay ignores a changed number of pods; a changed template makes it act. */}}
+  {{- $_ := set $annotations "antiphon/pods" (toString .numbers.pods) }}
+  {{- end }}
+  {{- with $annotations }}
   annotations:
-    {{- with .values.podAnnotations }}
     {{- toYaml . | nindent 4 }}
-    {{- end }}
-    {{- if not (or $isHead $root.Values.autoscaling.enabled) }}
-    # KubeRay ignores a changed number of pods; a changed template makes it act.
-    antiphon/pods: {{ .numbers.pods | quote }}
-    {{- end }}
   {{- end }}
 spec:
   {{- if not (and $isHead $root.Values.autoscaling.enabled) }}
