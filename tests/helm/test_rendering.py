@@ -1,5 +1,6 @@
 """What the chart derives from the configuration, and keeps to itself."""
 
+import math
 import warnings
 from typing import Any
 
@@ -128,6 +129,21 @@ def test_a_pool_of_one_pod_can_be_moved_and_larger_ones_keep_all_but_one(helm: H
     assert [(item["metadata"]["name"], item["spec"]["minAvailable"]) for item in budgets] == [
         ("demo-antiphon-decode", 3)
     ]
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"decode": {"drain_seconds": 90.5}}, {"http": {"drain_seconds": 300}}], ids=str
+)
+def test_a_grace_that_is_shorter_than_draining_is_refused(
+    helm: Helm, config: dict[str, Any]
+) -> None:
+    parsed = parse_config(config)
+    drains = [parsed.http.drain_seconds, *(pool.drain_seconds for pool in parsed.pools.values())]
+    least = math.ceil(max(drains)) + 40
+    helm.render(overrides={"config": config, "terminationGracePeriodSeconds": least})
+    values = {"config": config, "terminationGracePeriodSeconds": least - 1}
+    answer = helm.template(overrides=values)
+    assert f"at least {least}" in answer.stderr
 
 
 def test_a_pod_leaves_within_its_grace(rendered: str) -> None:
