@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
-from helm_chart import Helm
+from helm_chart import CHART, Helm
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"nameOverride": "My_Model"}, "at '/nameOverride': 'My_Model' does not match"),
     ({"replicas": 3}, "additional properties 'replicas' not allowed"),
     ({"pools": {"prefil": {}}}, "at '/pools': additional properties 'prefil' not allowed"),
     (
@@ -74,3 +75,11 @@ def test_nonsense_is_refused(helm: Helm, values: dict[str, Any], words: str) -> 
     answer = helm.template(overrides=values)
     assert answer.returncode != 0
     assert words in answer.stderr, answer.stderr
+
+
+def test_a_release_whose_name_kuberay_would_refuse_is_refused(helm: Helm) -> None:
+    answer = helm.run("template", "7th", str(CHART))
+    assert (
+        'the name "7th-antiphon", which KubeRay does not accept: set nameOverride' in answer.stderr
+    )
+    assert helm.run("template", "7th", str(CHART), "--set", "nameOverride=seventh").returncode == 0

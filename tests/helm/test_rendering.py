@@ -88,6 +88,15 @@ def test_a_changed_number_of_pods_changes_the_template_unless_pods_follow(helm: 
     assert template(2, autoscaling=True) == template(3, autoscaling=True)
 
 
+def test_spare_pods_are_only_for_pools_with_workers(helm: Helm) -> None:
+    spare = {pool: {"sparePods": 2} for pool in ("prefill", "decode", "colocated")}
+    rendered = groups(helm.render(overrides={"pools": spare}))
+    assert {role: group["replicas"] for role, group in rendered.items()} == {
+        "prefill": 3,
+        "decode": 3,
+    }
+
+
 def test_pods_may_follow_up_to_a_limit(helm: Helm) -> None:
     values = {
         "config": {"decode": {"replicas": 3}},

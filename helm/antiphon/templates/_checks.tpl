@@ -1,5 +1,9 @@
 {{/* What a schema cannot say. */}}
 {{- define "antiphon.checks" -}}
+{{- $name := include "antiphon.name" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $name) -}}
+{{- fail (printf "the release's name makes the name %q, which KubeRay does not accept: set nameOverride to lower case letters, digits and hyphens that begin with a letter" $name) -}}
+{{- end -}}
 {{- $numbers := dict -}}
 {{- range $pool := list "prefill" "decode" "colocated" -}}
 {{- $_ := set $numbers $pool (include "antiphon.pool" (dict "root" $ "pool" $pool) | fromYaml) -}}

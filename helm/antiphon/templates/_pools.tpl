@@ -11,7 +11,11 @@
 {{- end -}}
 {{- $workers = int $workers -}}
 {{- $perPod := int $values.workersPerPod -}}
-{{- $pods := div (add $workers (sub $perPod 1)) $perPod | int -}}
+{{- $pods := div (add $workers (sub $perPod 1)) $perPod -}}
+{{- if $workers -}}
+{{- $pods = add $pods $values.sparePods -}}
+{{- end -}}
+{{- $pods = int $pods -}}
 {{- $cpus := mulf $perPod (ternary $section.num_cpus 1.0 (hasKey $section "num_cpus")) -}}
 {{- $gpus := mulf $perPod ($section.num_gpus | default 0.0) -}}
 {{- if ne $gpus (floor $gpus) -}}
