@@ -129,10 +129,9 @@ class Replay:
         Raises:
             AntiphonError: It may not, or waited long enough; what the client should be told.
         """
-        if self._paused_at is not None:
-            if now - self._paused_at < self.config.replay_wait_seconds:
-                return
-            raise self._last_error or error
+        paused_at = self._paused_at
+        if paused_at is not None and now - paused_at < self.config.replay_wait_seconds:
+            return
         if self._last_error is None or isinstance(self._last_error, WorkerMovedError):
             raise error  # the request did not fail: it found no place
         raise self._last_error
