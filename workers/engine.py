@@ -84,9 +84,8 @@ class Engine:
             config, BlockPool(runner.cache.num_blocks, runner.cache.block_size)
         )
         self._listener = listener
-        # Each is written by one thread; their difference is what waits to be applied.
-        self._num_added = 0
-        self._num_entered = 0
+        # Each has one writer; their difference is what waits to be applied.
+        self._num_added = self._num_entered = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failure: Exception | None = None  # what ended the loop
         self._aborting: set[str] = set()  # aborts that wait for the step to end
@@ -111,15 +110,15 @@ class Engine:
         failed = self._failure or self.stats.step_failures_in_a_row >= _MAX_STEP_FAILURES
         return self._thread.is_alive() and not hangs and not failed
 
-    def add(self, request: Request) -> None:
-        """Queue a request, from the one thread that does so.
-
-        Raises:
-            WorkerBusyError: There is no room; said at once, whatever step is being computed.
-        """
+    def check_room(self) -> None:
+        """Raise ``WorkerBusyError`` if the queue is full; waits for no step."""
         num_waiting = self._scheduler.num_waiting + self._num_added - self._num_entered
-        if num_waiting >= max(self._scheduler.config.max_waiting_requests, 1):
+        if num_waiting >= (self._scheduler.config.max_waiting_requests or 1):
             raise WorkerBusyError(f"{num_waiting} requests are waiting here already")
+
+    def add(self, request: Request) -> None:
+        """Queue a request, or raise as ``check_room`` does; from one thread only."""
+        self.check_room()
         request.submitted_at = time.monotonic()
         self._num_added += 1
         self._commands.put(lambda: self._add(request))

@@ -25,6 +25,7 @@ from antiphon.workers.session import Session
 
 logger = logging.getLogger(__name__)
 
+_HEAD_START_SECONDS = 0.05
 _TRANSFER_ID = re.compile("[0-9a-f]{32}")
 
 
@@ -60,6 +61,8 @@ class PrefillService:
             session.send(Refused(message.request_id, RefusalKind.INVALID, problem))
             return
         try:
+            # First, because the end of an opened transfer might overtake the refusal.
+            self._engine.check_room()
             self._sender.open(message.transfer_id, message.link, message.first_token)
         except AntiphonError as error:
             session.send(Refused(message.request_id, RefusalKind.BUSY, str(error)))
@@ -69,7 +72,7 @@ class PrefillService:
         session.request_ids.add(message.transfer_id)
         try:
             self._engine.add(Request(message.transfer_id, message.prompt_token_ids, sampling=None))
-        except WorkerBusyError as error:
+        except WorkerBusyError as error:  # the engine's thread has filled the queue since
             self.on_refused(message.transfer_id, error)
 
     def abort(self, transfer_id: str, reason: str) -> None:
@@ -80,7 +83,10 @@ class PrefillService:
             self._sender.abort(transfer_id, reason)
 
     def hand_over(self) -> int:
-        """Give up every transfer, so that the decode workers go on elsewhere; return how many."""
+        """Give up every transfer, so that the decode workers go on elsewhere; return how many.
+
+        The refusals get a head start: over the link, the end of a transfer says less.
+        """
         transfer_ids = tuple(self._jobs)
         for transfer_id in transfer_ids:
             job = self._jobs[transfer_id]
@@ -88,7 +94,7 @@ class PrefillService:
                 job.is_refused = True
                 reason = "this worker is being stopped"
                 job.session.send(Refused(job.message.request_id, RefusalKind.MOVED, reason))
-            self.abort(transfer_id, "handed over")
+            self._loop.call_later(_HEAD_START_SECONDS, self.abort, transfer_id, "handed over")
         return len(transfer_ids)
 
     def on_progress(self, request: Request) -> None:

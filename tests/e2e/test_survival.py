@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import signal
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ def undisturbed(product: Product) -> list[str]:
     return texts
 
 
+def is_ready(product: Product) -> bool:
+    try:
+        return bool(product.get("/ready")["status"] == "ready")
+    except urllib.error.HTTPError as error:
+        return error.code != 503
+
+
 async def until_streaming(load: Load) -> None:
     async with asyncio.timeout(60):
         while min(load.num_events) < 5:
@@ -166,8 +174,7 @@ def test_a_stop_finishes_open_streams_and_refuses_new_ones(
         streams = asyncio.create_task(load.all())
         await until_streaming(load)
         product.process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(wait_for, lambda: "finishing" in product.log.read_text(), 10)
-        await asyncio.sleep(0.5)  # from the line to the ingress is a call that nobody can see
+        await asyncio.to_thread(wait_for, lambda: not is_ready(product), 30)
         refused = await late.all()
         assert await streams == undisturbed
         assert not load.problems
