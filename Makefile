@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # One thread per process is the clean unit on a CPU; spinning threads starve whatever shares a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve test test-unit test-kernels test-gpu lint bench bench-gpu kernel-report chart clean
+.PHONY: serve test test-unit test-kernels test-gpu lint bench bench-gpu kernel-report chart reference clean
 
 serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" passes options
 	@$(BIN)/antiphon serve $(ARGS)
@@ -31,6 +31,9 @@ lint: $(INSTALLED)
 
 chart: $(INSTALLED)  ## write what is generated of the chart: a schema, a table, the golden files
 	PYTHONPATH=tests/support $(BIN)/python tests/helm/refresh.py
+
+reference: $(INSTALLED)  ## write docs/configuration.md, the page of every key
+	$(BIN)/python tests/support/configuration_page.py
 
 bench: $(INSTALLED)  ## the figures in the README
 	$(BIN)/python benchmarks/overhead.py

@@ -19,7 +19,9 @@ with warnings.catch_warnings():
     from ray.scripts.scripts import cli as ray_command
     from ray.serve.schema import ServeDeploySchema
 
-PAGES = [ROOT / "docs/deploy.md", ROOT / "helm/antiphon/README.md"]
+PAGES = [
+    ROOT / name for name in ("docs/deploy.md", "docs/configuration.md", "helm/antiphon/README.md")
+]
 CLUSTER = ROOT / "deployment/ray-cluster.yaml"
 COMMANDS = [words for page in PAGES for words in commands(page.read_text())]
 

@@ -1,20 +1,20 @@
 """What the README says is what the program does: keys, commands, parameters, model families."""
 
 import ast
-import json
 import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import configuration_page
 import pytest
 import typer.main
 import yaml
 from page_commands import PATHS, blocks, check, check_import_path, commands
-from pydantic import BaseModel
 from tiny_models import FAMILIES, REFUSED
 
-from antiphon.config import AntiphonConfig, PoolConfig, parse_config
+from antiphon.config import parse_config
 from antiphon.deployment.cli import app as antiphon_command
 from antiphon.deployment.openai_api import ChatCompletionRequest, CompletionRequest
 from antiphon.metrics import Metrics
@@ -36,34 +36,21 @@ def section(heading: str) -> str:
     return rest.partition("\n## ")[0]
 
 
-# The table of the configuration.
+# The configuration.
 
 
-def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str | None]]:
-    """Every key with default and description; of a pool only ``replicas``, which differs."""
-    for name, field in model.model_fields.items():
-        default, kind = field.get_default(call_default_factory=True), field.annotation
-        if kind is PoolConfig:
-            text = PoolConfig.model_fields["replicas"].description
-            yield f"{name}.replicas", json.dumps(default.replicas), text
-        elif isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from keys(kind, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", json.dumps(default), field.description
+def test_the_page_of_all_keys_is_fresh():
+    assert configuration_page.PAGE.read_text() == configuration_page.page_text(), "make reference"
 
 
-def table() -> list[str]:
-    """The rows that the README should have."""
-    shared = [row for row in keys(PoolConfig, "<pool>.") if row[0] != "<pool>.replicas"]
-    rows = [*keys(AntiphonConfig), *shared]
-    return [f"| `{key}` | `{default}` | {text} |" for key, default, text in rows]
-
-
-def test_every_configuration_key_is_in_the_table_with_its_default():
-    written = re.findall(
-        r"^\| `[^`]*` \| `[^`]*` \| .* \|$", section("Configuration"), re.MULTILINE
-    )
-    assert sorted(written) == sorted(table()), "should be:\n" + "\n".join(table())
+def test_the_keys_that_most_need_are_as_on_the_page_of_all():
+    table = r"^\| `[^`]*` \| `[^`]*` \| .* \|$"
+    written = re.findall(table, section("Configuration"), re.MULTILINE)
+    rows = [line for line in configuration_page.page_text().splitlines() if line[:3] == "| `"]
+    known = {configuration_page.short_row(row) for row in rows}
+    assert len(written) > 10
+    assert set(written) <= known, "should be of:\n" + "\n".join(sorted(known))
+    assert "(docs/configuration.md)" in section("Configuration")
 
 
 def test_the_examples_of_configurations_are_valid():
@@ -100,6 +87,21 @@ def test_every_option_of_serve_is_listed():
     command = typer.main.get_command(antiphon_command).commands["serve"]  # type: ignore[attr-defined]
     options = {option for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"^\| `(--[a-z-]+)", README, re.MULTILINE)) == options
+
+
+def subcommands(command: Any, name: str) -> Iterator[str]:
+    """Full names of all commands that do something."""
+    if not hasattr(command, "commands"):
+        yield name
+        return
+    for word, inner in command.commands.items():
+        yield from subcommands(inner, f"{name} {word}")
+
+
+def test_every_subcommand_is_listed():
+    command = typer.main.get_command(antiphon_command)
+    listed = re.findall(r"^\| `(antiphon [a-z -]*[a-z])[^`]*` \|", README, re.MULTILINE)
+    assert set(listed) == {*subcommands(command, "antiphon"), "antiphon --version"}
 
 
 # The HTTP surface and the models.

@@ -6,6 +6,7 @@ import warnings
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import typer.main
 
@@ -47,9 +48,10 @@ def commands(page: str) -> list[list[str]]:
 
 
 def check_antiphon(words: list[str]) -> None:
-    group = typer.main.get_command(antiphon_command)
-    command = group.commands[words[0]]  # type: ignore[attr-defined]
-    command.make_context("antiphon", words[1:])  # raises on an unknown option or a wrong value
+    command: Any = typer.main.get_command(antiphon_command)
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context("antiphon", words)  # raises on an unknown option or a wrong value
 
 
 def check_make(words: list[str]) -> None:

@@ -1,0 +1,120 @@
+"""Finds Antiphon's configuration in the files that may hold it.
+
+    file of                    holds the document
+    antiphon serve --config    as it is
+    serve run, serve deploy    as ``args`` of each application whose import path is ours
+    the chart                  as ``config``
+
+Neither ``applications`` nor ``config`` is a key of the document, so the file says what it is.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from antiphon.config import AntiphonConfig, PoolConfig, parse_config, read_yaml
+from antiphon.errors import ConfigError
+
+IMPORT_PATH = "antiphon.deployment.application:app"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One configuration, unchecked.
+
+    Attributes:
+        origin: The file and, if it is a part of it, which part; errors begin with it.
+        data: What stands there.
+    """
+
+    origin: str
+    data: Any
+
+
+def find_documents(path: Path) -> list[Document]:
+    """Read a file and return every configuration that it holds, one at least.
+
+    Raises:
+        ConfigError: The file cannot be read, or is a Serve config without an application of ours.
+    """
+    data = read_yaml(path)
+    if data.keys() & AntiphonConfig.model_fields.keys():
+        return [Document(str(path), data)]
+    if "applications" in data:
+        return _of_applications(path, data["applications"])
+    if "config" in data:
+        return [Document(f"{path}: config", data["config"])]
+    return [Document(str(path), data)]
+
+
+def _of_applications(path: Path, applications: Any) -> list[Document]:
+    found = applications if isinstance(applications, list) else []
+    ours = [
+        (index, application)
+        for index, application in enumerate(found)
+        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH
+    ]
+    if not ours:
+        raise ConfigError(f"{path}: applications: none has import_path {IMPORT_PATH}")
+    return [
+        Document(f"{path}: applications.{index}.args", application.get("args"))
+        for index, application in ours
+    ]
+
+
+def check_documents(documents: Iterable[Document]) -> list[tuple[Document, AntiphonConfig]]:
+    """Check all of them.
+
+    Raises:
+        ConfigError: Names the problems of every document, not of the first one only.
+    """
+    good, problems = [], []
+    for document in documents:
+        try:
+            good.append((document, parse(document)))
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return good
+
+
+def parse(document: Document) -> AntiphonConfig:
+    """Check one document.
+
+    Raises:
+        ConfigError: Names every offending key.
+    """
+    if document.data is not None and not isinstance(document.data, dict):
+        kind = type(document.data).__name__
+        raise ConfigError(f"{document.origin}: expected a mapping, got {kind}")
+    return parse_config(document.data, document.origin)
+
+
+def summary(config: AntiphonConfig) -> list[str]:
+    """Say in a few lines what a deployment is and needs."""
+    model, http, pools = config.model, config.http, config.pools
+    lines = [f"model     {model.source}, served as {model.name}"]
+    lines += [f"{role:<9} {_workers(pool)}" for role, pool in pools.items()]
+    needed = [
+        _count(sum(pool.replicas * pool.num_cpus for pool in pools.values()), "CPU"),
+        _count(sum(pool.replicas * pool.num_gpus for pool in pools.values()), "GPU"),
+    ]
+    resources: dict[str, float] = {}
+    for pool in pools.values():
+        for name, amount in pool.resources.items():
+            resources[name] = resources.get(name, 0.0) + pool.replicas * amount
+    needed += [f"{amount:g} of {name}" for name, amount in sorted(resources.items())]
+    lines.append(f"needs     {', '.join(needed)}")
+    lines.append(f"endpoint  {http.host}:{http.port}, {http.ingress_replicas} of the ingress")
+    return lines
+
+
+def _workers(pool: PoolConfig) -> str:
+    needs = f"{_count(pool.num_cpus, 'CPU')} and {_count(pool.num_gpus, 'GPU')}"
+    return f"{_count(pool.replicas, 'worker')}, each with {needs}"
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" if number == 1 else f"{number:g} {noun}s"

@@ -1,0 +1,135 @@
+"""``antiphon config``: three kinds of files, summaries, all problems at once, exit codes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from antiphon.config import AntiphonConfig, parse_config
+from antiphon.deployment.cli import app
+from antiphon.deployment.config_document import IMPORT_PATH
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = {
+    "model": {"source": "/models/mine", "served_name": "m"},
+    "prefill": {"replicas": 2, "num_gpus": 1, "resources": {"rack": 0.5}},
+    "decode": {"num_cpus": 2, "resources": {"rack": 1}, "engine": {"kv_cache_bytes": "2GiB"}},
+    "http": {"port": 9000},
+}
+WRONG = {"model": {"sorce": "x"}, "http": {"port": 0}}
+
+
+def serve_config(*arguments: Any) -> dict[str, Any]:
+    ours = [{"import_path": IMPORT_PATH, "args": args} for args in arguments]
+    return {"applications": [{"import_path": "somebody:else", "args": {"a": 1}}, *ours]}
+
+
+def run(folder: Path, command: str, content: Any) -> Result:
+    path = folder / "file.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return CliRunner().invoke(app, ["config", command, str(path)])
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (DOCUMENT, ""),
+        (serve_config(DOCUMENT), ": applications.1.args"),
+        ({"config": DOCUMENT, "image": {"tag": "x"}}, ": config"),
+    ],
+    ids=["document", "serve", "chart"],
+)
+def test_a_good_file_is_summed_up(tmp_path: Path, content: Any, part: str) -> None:
+    result = run(tmp_path, "check", content)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        f"{tmp_path}/file.yaml{part}: ok",
+        "  model     /models/mine, served as m",
+        "  prefill   2 workers, each with 1 CPU and 1 GPU",
+        "  decode    1 worker, each with 2 CPUs and 0 GPUs",
+        "  needs     4 CPUs, 2 GPUs, 2 of rack",
+        "  endpoint  127.0.0.1:9000, 1 of the ingress",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (WRONG, ""),
+        (serve_config(WRONG), ": applications.1.args"),
+        ({"config": WRONG}, ": config"),
+    ],
+    ids=["document", "serve", "chart"],
+)
+def test_every_problem_is_named(tmp_path: Path, content: Any, part: str) -> None:
+    result = run(tmp_path, "check", content)
+    assert (result.exit_code, result.stdout) == (1, "")
+    first, key, value = result.stderr.splitlines()
+    assert first == f"error: {tmp_path}/file.yaml{part}:"
+    assert key.startswith("  model.sorce: unknown key; did you mean 'source'? allowed: ")
+    assert value.startswith("  http.port: got 0; input should be greater than or equal to 1")
+
+
+def test_every_application_is_checked(tmp_path: Path) -> None:
+    result = run(tmp_path, "check", serve_config({"http": {"port": 0}}, {}, {"decode": 3}))
+    assert result.exit_code == 1
+    assert "applications.1.args:\n  http.port: got 0" in result.stderr
+    assert "applications.3.args:\n  decode: got 3" in result.stderr
+    assert "applications.2" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("prefill: [", "is not valid YAML"),
+        ("config: [1]", "config: expected a mapping, got list"),
+        ({"applications": [{"import_path": "a:b"}]}, f"none has import_path {IMPORT_PATH}"),
+        ({"applications": 3}, f"none has import_path {IMPORT_PATH}"),
+        ({"config": {}, "model": {}}, "config: unknown key"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: Any, problem: str) -> None:
+    result = run(tmp_path, "check", content)
+    assert result.exit_code == 1
+    assert problem in result.stderr
+
+
+def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["config", "check", str(tmp_path / "none.yaml")])
+    assert result.exit_code == 1
+    assert "none.yaml: cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize("content", ["", "config:\n", "config: {}\n"])
+def test_an_empty_document_is_the_default(tmp_path: Path, content: str) -> None:
+    result = run(tmp_path, "show", content)
+    assert result.exit_code == 0
+    assert parse_config(yaml.safe_load(result.stdout)) == AntiphonConfig()
+
+
+@pytest.mark.parametrize("content", [DOCUMENT, {"config": DOCUMENT}], ids=["document", "chart"])
+def test_show_prints_every_key_and_means_the_same(tmp_path: Path, content: Any) -> None:
+    shown = yaml.safe_load(run(tmp_path, "show", content).stdout)
+    assert parse_config(shown) == parse_config(DOCUMENT)
+    assert shown == parse_config(DOCUMENT).model_dump(mode="json")
+
+
+def test_show_without_a_file_prints_the_defaults() -> None:
+    result = CliRunner().invoke(app, ["config", "show"])
+    assert yaml.safe_load(result.stdout) == AntiphonConfig().model_dump(mode="json")
+
+
+def test_show_wants_one_configuration(tmp_path: Path) -> None:
+    result = run(tmp_path, "show", serve_config({}, {}))
+    assert result.exit_code == 1
+    assert "holds 2 configurations" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "helm/antiphon/examples").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_examples_of_the_chart_are_good(path: Path) -> None:
+    result = CliRunner().invoke(app, ["config", "check", str(path)])
+    assert result.exit_code == 0, result.stderr
