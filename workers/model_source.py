@@ -84,6 +84,27 @@ def resolve_model(
     return folder
 
 
+def config_folder(source: str, progress: Callable[[str], None] = logger.info) -> Path:
+    """Return a local folder with the model's config.json; weights are not looked for.
+
+    Args:
+        source: As for ``resolve_model``, or a config.json; of a hub name only that file is fetched.
+        progress: As for ``resolve_model``.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    path = Path(source).expanduser()
+    if source not in _BUILT_IN:
+        if path.is_dir() or path.name == "config.json":
+            folder = path if path.is_dir() else path.parent
+            read_json(folder / "config.json")
+            return folder
+        if not path.is_file() and _HUB_NAME.fullmatch(source):
+            return _downloaded_config(source, progress)
+    return resolve_model(source, progress)
+
+
 def fingerprint(folder: Path) -> str:
     """Return 16 hex digits that identify a model's weights, wherever its folder lies.
 
@@ -162,6 +183,24 @@ def _downloaded(name: str, progress: Callable[[str], None]) -> Path:
             f"there is no folder {name!r}, and no model of that name could be downloaded from the "
             f"hub ({type(error).__name__}: {error}); without a connection, copy the model's folder "
             "here and give its path"
+        ) from error
+
+
+def _downloaded_config(name: str, progress: Callable[[str], None]) -> Path:
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return Path(cached).parent
+    progress(f"downloading config.json of {name} from the hub")
+    try:
+        # Asked first, because it fails within the time limit where a download would retry.
+        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+        return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
+    except Exception as error:  # of the HTTP client, the hub and the disk: all mean "not to be had"
+        raise ConfigError(
+            f"there is no folder {name!r}, and no config.json of that name could be downloaded "
+            f"from the hub ({type(error).__name__}: {error}); give the path of one"
         ) from error
 
 

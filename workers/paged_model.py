@@ -173,7 +173,7 @@ class PagedModel:
         # transformers hands a mask of four dimensions on as it is; given none, it looks for packed
         # prompts in the positions, which costs a wait for the device in every step.
         self._no_mask = torch.empty(1, 1, 1, 1, device=self.device)
-        self.max_context_tokens = _max_context_tokens(self.config)
+        self.max_context_tokens = max_context_tokens(self.config)
         parameters = inspect.signature(model.forward).parameters
         if "logits_to_keep" not in parameters or "position_ids" not in parameters:
             raise UnsupportedModelError(
@@ -285,7 +285,8 @@ def load_model(
     return PagedModel(model, kernels)
 
 
-def _max_context_tokens(config: Any) -> int:
+def max_context_tokens(config: Any) -> int:
+    """The longest prompt plus output that packed requests may have of a text configuration."""
     limit = int(getattr(config, "max_position_embeddings", None) or 2**20)
     rope = getattr(config, "rope_parameters", None) or {}
     variants = [rope] if "rope_type" in rope else [v for v in rope.values() if isinstance(v, dict)]
