@@ -11,6 +11,7 @@ from antiphon.kernels.attention_batch import (
     AttentionFeatures,
     make_attention_batch,
 )
+from antiphon.kernels.block_rows import SideRows, make_side_rows
 from antiphon.kernels.kernel_set import AttentionShape
 from antiphon.kernels.paged_kv import PagedKV, Rotary, WireKV
 
@@ -20,6 +21,9 @@ class TorchKernels:
 
     name = "torch"
     captures_graphs = False
+
+    def __init__(self) -> None:
+        self._rows: dict[int, tuple[SideRows, ...]] = {}
 
     def prepare(self, shape: AttentionShape) -> None:
         """Nothing is tuned here."""
@@ -62,11 +66,11 @@ class TorchKernels:
 
     def gather_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
         """Cache to wire."""
-        reference.gather_kv(layers, slots, wire)
+        reference.gather_kv(layers, slots, wire, self._rows_of(layers))
 
     def scatter_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
         """Wire to cache."""
-        reference.scatter_kv(layers, slots, wire)
+        reference.scatter_kv(layers, slots, wire, self._rows_of(layers))
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
         """Normalise and scale."""
@@ -81,3 +85,11 @@ class TorchKernels:
     def silu_and_mul(self, x: Tensor) -> Tensor:
         """Gate and up."""
         return reference.silu_and_mul(x)
+
+    def _rows_of(self, layers: Sequence[PagedKV]) -> tuple[SideRows, ...] | None:
+        if layers[0].keys.device.type != "cpu":
+            return None
+        key = layers[0].keys.data_ptr()
+        if key not in self._rows:  # one cache for the life of a worker
+            self._rows = {key: make_side_rows(layers)}
+        return self._rows[key]

@@ -100,21 +100,16 @@ class KVCache:
             block_table: Of the request, from its first token.
             start: First token.
             end: One past the last token.
-            out: uint8 ``[num_bytes_per_token * (end - start)]``, contiguous, on the CPU.
+            out: uint8 ``[num_bytes_per_token * (end - start)]``, contiguous, on ``device``. On a
+                GPU the copy is queued on the current stream.
         """
         slots = self._slots(block_table, start, end)
-        if self.device.type == "cpu":
-            self._kernels.gather_kv(self.layers, slots, self._wire(out, end - start))
-            return
-        segment = torch.empty_like(out, device=self.device)
-        self._kernels.gather_kv(self.layers, slots, self._wire(segment, end - start))
-        out.copy_(segment)
+        self._kernels.gather_kv(self.layers, slots, self._wire(out, end - start))
 
     def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
         """Copy a segment in wire order to tokens ``[start, end)``; the inverse of ``gather``."""
         slots = self._slots(block_table, start, end)
-        wire = self._wire(segment.to(self.device), end - start)
-        self._kernels.scatter_kv(self.layers, slots, wire)
+        self._kernels.scatter_kv(self.layers, slots, self._wire(segment, end - start))
 
     def _empty(self, layer: LayerLayout) -> PagedKV:
         shape = (self.num_blocks, self.block_size, layer.num_kv_heads)

@@ -173,7 +173,8 @@ def _run_prefill(
     def on_done(transfer_id: str, error: Exception | None, size: int, seconds: float) -> None:
         service.on_transfer_ended(transfer_id, error, size, seconds)
 
-    sender = HandoffSender(endpoint, SenderLimits(max_links=handoff.max_links), on_done)
+    sender_limits = SenderLimits(max_links=handoff.max_links, piece_bytes=handoff.piece_bytes)
+    sender = HandoffSender(endpoint, sender_limits, on_done)
     service = PrefillService(engine, sender, limits)
     worker.run(engine, service, [sender.close])
 

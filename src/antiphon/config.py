@@ -130,6 +130,11 @@ class HandoffConfig(_Section):
         description="Prompt tokens that may be queued on a decode worker when it computes a prompt "
         "that prefill failed; above that it says busy. It takes one if none is queued.",
     )
+    piece_bytes: Annotated[ByteSize, Field(ge=0)] = Field(
+        ByteSize(2 << 20),
+        description="Less KV than this is not sent before the prompt is done, so that a short "
+        "prompt goes in one piece; more is sent while later tokens are computed.",
+    )
     max_links: Annotated[int, Field(ge=1)] = Field(64, description="Open links of one worker.")
     max_pending: Annotated[int, Field(ge=1)] = Field(
         32, description="Prompts that one decode worker may await from prefill workers at once."

@@ -26,6 +26,7 @@ class FakeStore:
 
     def __init__(self, num_blocks: int = 64, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
         self.num_bytes_per_token = bytes_per_token
+        self.device = torch.device("cpu")
         self.slots = torch.zeros(num_blocks * BLOCK_SIZE, bytes_per_token, dtype=torch.uint8)
         self.poisoned: set[int] = set()
         self.violations: list[int] = []
@@ -82,7 +83,8 @@ class Pair:
         self.completed: queue.Queue[tuple[str, int, Exception | None]] = queue.Queue()
         self.sender = HandoffSender(
             Endpoint(sender_transport, self.source, "prefill-1", sender_wire),
-            sender_limits or SenderLimits(timeout_seconds=5, segment_bytes=4 * BYTES_PER_TOKEN),
+            sender_limits
+            or SenderLimits(timeout_seconds=5, segment_bytes=4 * BYTES_PER_TOKEN, piece_bytes=0),
             lambda *report: self.done.put(report),
         )
         self.receiver = HandoffReceiver(

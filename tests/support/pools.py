@@ -44,9 +44,10 @@ async def start(
 ) -> Worker:
     """Start a worker over a model that may be shared with others."""
     engine = engine or EngineConfig()
+    handoff = handoff or HandoffConfig(piece_bytes=0)  # tiny models' chunks are small
     paged = PagedModel(model, TorchKernels())
     model.set_attn_implementation(ATTENTION_NAME)
-    layout = cache_layout(paged.layout, engine, handoff or HandoffConfig())
+    layout = cache_layout(paged.layout, engine, handoff)
     cache = KVCache(layout, num_blocks, engine.block_size, paged.device, paged.kernels)
     fill_with_garbage(cache)
     settings = WorkerSettings(
@@ -56,7 +57,7 @@ async def start(
         model_folder=Path(),
         model=ModelConfig(),
         engine=engine,
-        handoff=handoff or HandoffConfig(),
+        handoff=handoff,
     )
     limit = min(paged.max_context_tokens, num_blocks * engine.block_size)
     loaded = Loaded(ModelRunner(paged, cache), "tiny", limit)

@@ -1,18 +1,25 @@
-"""What a receiver counts."""
+"""What the two ends of a hand-off count."""
 
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HandoffCounters:
-    """What a receiver has seen since it started."""
+    """What an end has seen since it started; a sender sends, a receiver receives."""
 
-    received_bytes: int  # payload bytes of accepted segments
-    segments: int  # accepted
-    discarded_segments: dict[str, int]  # by reason
-    broken_links: int  # that had been connected, and were not closed by this worker
+    sent_bytes: int = 0  # payload bytes that the peers took
+    received_bytes: int = 0  # payload bytes of accepted segments
+    segments: int = 0  # sent, or accepted
+    seconds: float = 0.0  # the links were busy with those
+    transfers: int = 0  # complete
+    tail_seconds: float = 0.0  # receiver: from the last token's KV to the transfers' ends, summed
+    discarded_segments: dict[str, int] = field(default_factory=dict)  # by reason
+    links_made: int = 0
+    prewarmed_links: int = 0  # of those, made before a transfer wanted them
+    broken_links: int = 0  # that had been connected, and were not closed by this worker
+    staging_bytes: int = 0  # held now
 
 
 class Tally:
@@ -20,33 +27,52 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._num_bytes = 0
-        self._num_segments = 0
+        self._counts = HandoffCounters()
         self._discarded: Counter[str] = Counter()
-        self._num_broken_links = 0
 
-    def segment(self, num_bytes: int) -> None:
+    def sent(self, num_bytes: int, seconds: float) -> None:
+        """Count a segment that the peer took."""
+        with self._lock:
+            self._counts.segments += 1
+            self._counts.sent_bytes += num_bytes
+            self._counts.seconds += seconds
+
+    def segment(self, num_bytes: int, seconds: float) -> None:
         """Count an accepted segment."""
         with self._lock:
-            self._num_segments += 1
-            self._num_bytes += num_bytes
+            self._counts.segments += 1
+            self._counts.received_bytes += num_bytes
+            self._counts.seconds += seconds
+
+    def completed(self, tail_seconds: float) -> None:
+        """Count a complete transfer."""
+        with self._lock:
+            self._counts.transfers += 1
+            self._counts.tail_seconds += tail_seconds
 
     def discarded(self, reason: str) -> None:
         """Count a message that was thrown away."""
         with self._lock:
             self._discarded[reason] += 1
 
+    def link_made(self, *, is_prewarmed: bool) -> None:
+        """Count a link whose ends have greeted each other."""
+        with self._lock:
+            self._counts.links_made += 1
+            self._counts.prewarmed_links += is_prewarmed
+
     def broken_link(self) -> None:
         """Count a link that broke."""
         with self._lock:
-            self._num_broken_links += 1
+            self._counts.broken_links += 1
+
+    def staging_resized(self, num_bytes: int) -> None:
+        """Count staging memory, taken or, if negative, let go."""
+        with self._lock:
+            self._counts.staging_bytes += num_bytes
 
     def snapshot(self) -> HandoffCounters:
         """The counts so far."""
         with self._lock:
-            return HandoffCounters(
-                self._num_bytes,
-                self._num_segments,
-                dict(self._discarded),
-                self._num_broken_links,
-            )
+            values = {name: getattr(self._counts, name) for name in HandoffCounters.__slots__}
+            return HandoffCounters(**{**values, "discarded_segments": dict(self._discarded)})

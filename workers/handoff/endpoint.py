@@ -4,22 +4,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.handoff.wire import WireFormat
 
 
-class KVStore(Protocol):
-    """The KV cache, as the hand-off sees it."""
+class SegmentTarget(Protocol):
+    """Where segments are written to."""
 
     num_bytes_per_token: int
 
-    def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
-        """Copy KV of tokens ``[start, end)`` to ``out``, uint8 in wire order; done on return."""
-
     def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
-        """Copy a segment to tokens ``[start, end)``; ``segment`` is free for reuse on return."""
+        """Copy a segment, uint8 in wire order, to tokens ``[start, end)``."""
+
+
+class KVStore(SegmentTarget, Protocol):
+    """The KV cache, as the hand-off sees it. On a GPU copies are only queued on return."""
+
+    device: torch.device
+
+    def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
+        """Copy KV of tokens ``[start, end)`` to ``out``, uint8 in wire order, on ``device``."""
 
 
 @dataclass(frozen=True, slots=True)

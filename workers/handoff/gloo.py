@@ -15,6 +15,8 @@ What was found out about gloo in torch 2.13, and is relied on here (the transpor
   ``abort`` and ``shutdown`` leave a waiting thread blocked until its own time-out.
 * A posted receive costs no CPU while it waits, and learns of the peer's death within milliseconds.
 * A send completes when the peer has posted the receive, so a slow receiver holds the sender back.
+* ``is_completed`` of a send or receive says False until somebody has waited for it. But data is
+  written to the receive's tensor as it comes, so a header that is whole is here.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ import torch.distributed
 from torch import Tensor
 
 from antiphon.errors import LinkBrokenError
+from antiphon.workers.handoff.transport import Link, Place
 
 _c10d: Any = torch.distributed  # its stubs lack what is used here
 _DATA_TAG = 1
@@ -38,7 +41,7 @@ _REFUSED = b"refused"
 _FOREVER = timedelta(days=365)
 
 
-class GlooLink:
+class GlooLink(Link):
     """One end of a two-rank group.
 
     Args:
@@ -51,25 +54,22 @@ class GlooLink:
         self._peer_rank = peer_rank
         self._lock = threading.Lock()
 
-    def send(self, tensors: Sequence[Tensor], timeout_seconds: float) -> None:
-        """See ``Link.send``."""
+    def start_send(self, tensors: Sequence[Tensor]) -> "GlooPending":
+        """See ``Link.start_send``."""
         group = self._live_group()
-        timeout = timedelta(seconds=timeout_seconds)
         try:
             works = [group.send([tensor], self._peer_rank, _DATA_TAG) for tensor in tensors]
-            for work in works:
-                work.wait(timeout)
         except RuntimeError as error:
-            raise self._broken(error) from error
+            raise self.broken(error) from error
+        return GlooPending(self, works)
 
-    def recv(self, tensor: Tensor, timeout_seconds: float | None) -> None:
-        """See ``Link.recv``."""
+    def start_recv(self, tensor: Tensor) -> "GlooPending":
+        """See ``Link.start_recv``."""
         group = self._live_group()
-        timeout = _FOREVER if timeout_seconds is None else timedelta(seconds=timeout_seconds)
         try:
-            group.recv([tensor], self._peer_rank, _DATA_TAG).wait(timeout)
+            return GlooPending(self, [group.recv([tensor], self._peer_rank, _DATA_TAG)])
         except RuntimeError as error:
-            raise self._broken(error) from error
+            raise self.broken(error) from error
 
     def close(self) -> None:
         """See ``Link.close``."""
@@ -81,18 +81,36 @@ class GlooLink:
             never_sent = torch.empty(1, dtype=torch.uint8)
             group.recv([never_sent], self._peer_rank, _CLOSE_TAG).wait(timedelta(milliseconds=1))
 
+    def broken(self, error: RuntimeError) -> LinkBrokenError:
+        """Close the link, and say why it broke."""
+        closed_here = self._group is None
+        self.close()
+        if closed_here:
+            return LinkBrokenError("the link was closed at this end")
+        return LinkBrokenError(f"the link broke: {_first_line(error)}")
+
     def _live_group(self) -> Any:
         group = self._group
         if group is None:
             raise LinkBrokenError("the link was closed at this end")
         return group
 
-    def _broken(self, error: RuntimeError) -> LinkBrokenError:
-        closed_here = self._group is None
-        self.close()
-        if closed_here:
-            return LinkBrokenError("the link was closed at this end")
-        return LinkBrokenError(f"the link broke: {_first_line(error)}")
+
+class GlooPending:
+    """Works of one group, in the order they were posted."""
+
+    def __init__(self, link: GlooLink, works: Sequence[Any]) -> None:
+        self._link = link
+        self._works = works
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """See ``Pending.wait``."""
+        timeout = _FOREVER if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+        try:
+            for work in self._works:
+                work.wait(timeout)
+        except RuntimeError as error:
+            raise self._link.broken(error) from error
 
 
 class GlooTransport:
@@ -104,6 +122,7 @@ class GlooTransport:
     """
 
     name = "gloo"
+    place = Place.HOST
 
     def __init__(self, host: str) -> None:
         self._host = host

@@ -4,23 +4,28 @@
               <-  HELLO(both epochs, wire format)    receiver
 
 Both ends compare; both refuse with the same words, so the operator finds the reason in either log.
+Of another version's hello nothing but the version is read. Nobody waits for an own hello to be
+taken before the other's was heard: an end that reads no further would never take it.
 """
 
 import contextlib
+import time
 
 import torch
 
 from antiphon.errors import LayoutMismatchError, LinkBrokenError, SegmentRejectedError
 from antiphon.workers.handoff.segment import (
     HEADER_BYTES,
+    HEADER_VERSION,
     Epochs,
     Header,
     Kind,
     as_bytes,
     as_tensor,
     checksum,
+    peer_version,
 )
-from antiphon.workers.handoff.transport import Link
+from antiphon.workers.handoff.transport import Link, Pending
 from antiphon.workers.handoff.wire import WireFormat
 
 _MAX_DESCRIPTION_BYTES = 1 << 20
@@ -31,31 +36,34 @@ def greet(link: Link, wire: WireFormat, epochs: Epochs, timeout_seconds: float) 
 
     Raises:
         LinkBrokenError: The receiver did not answer.
-        LayoutMismatchError: It has another wire format.
+        LayoutMismatchError: It has another wire format, or speaks another version.
         SegmentRejectedError: It is not the incarnation that offered the link.
     """
-    _say(link, wire, epochs, timeout_seconds)
-    answer = _hear(link, epochs, timeout_seconds)
-    wire.check_peer(answer, "the receiver")
+    deadline = time.monotonic() + timeout_seconds
+    said = _say(link, wire, epochs)
+    wire.check_peer(_hear(link, epochs, "the receiver", timeout_seconds), "the receiver")
+    said.wait(max(deadline - time.monotonic(), 0.001))
 
 
 def answer(link: Link, wire: WireFormat, epochs: Epochs, timeout_seconds: float) -> None:
     """Do the receiver's part; raises as ``greet`` does, after the sender was told."""
-    greeting = _hear(link, epochs, timeout_seconds)
-    _say(link, wire, epochs, timeout_seconds)
+    try:
+        greeting = _hear(link, epochs, "the sender", timeout_seconds)
+    except LayoutMismatchError:
+        with contextlib.suppress(LinkBrokenError):  # the sender takes the header and hangs up
+            _say(link, wire, epochs).wait(timeout_seconds)
+        raise
+    said = _say(link, wire, epochs)
     try:
         wire.check_peer(greeting, "the sender")
     except LayoutMismatchError:
-        _wait_for_hangup(link, timeout_seconds)  # closing now could overtake the answer
+        with contextlib.suppress(LinkBrokenError):  # closing now could overtake the answer
+            link.recv(torch.empty(1, dtype=torch.uint8), timeout_seconds)
         raise
+    said.wait(timeout_seconds)
 
 
-def _wait_for_hangup(link: Link, timeout_seconds: float) -> None:
-    with contextlib.suppress(LinkBrokenError):
-        link.recv(torch.empty(1, dtype=torch.uint8), timeout_seconds)
-
-
-def _say(link: Link, wire: WireFormat, epochs: Epochs, timeout_seconds: float) -> None:
+def _say(link: Link, wire: WireFormat, epochs: Epochs) -> Pending:
     description = as_tensor(wire.describe())
     header = Header(
         Kind.HELLO,
@@ -63,13 +71,20 @@ def _say(link: Link, wire: WireFormat, epochs: Epochs, timeout_seconds: float) -
         num_payload_bytes=description.numel(),
         payload_checksum=checksum(description),
     )
-    link.send([as_tensor(header.pack()), description], timeout_seconds)
+    return link.start_send([as_tensor(header.pack()), description])
 
 
-def _hear(link: Link, epochs: Epochs, timeout_seconds: float) -> bytes:
-    raw = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-    link.recv(raw, timeout_seconds)
-    header = Header.unpack(as_bytes(raw))
+def _hear(link: Link, epochs: Epochs, peer: str, timeout_seconds: float) -> bytes:
+    tensor = torch.empty(HEADER_BYTES, dtype=torch.uint8)
+    link.recv(tensor, timeout_seconds)
+    raw = as_bytes(tensor)
+    version = peer_version(raw)
+    if version not in (None, HEADER_VERSION):
+        raise LayoutMismatchError(
+            f"{peer} speaks version {version} of the hand-off, this worker version "
+            f"{HEADER_VERSION}: run the same release in both pools"
+        )
+    header = Header.unpack(raw)
     if header.kind is not Kind.HELLO or header.num_payload_bytes > _MAX_DESCRIPTION_BYTES:
         raise SegmentRejectedError("the link did not begin with a handshake")
     description = torch.empty(header.num_payload_bytes, dtype=torch.uint8)

@@ -9,7 +9,7 @@ from antiphon.errors import SegmentRejectedError
 from antiphon.workers.handoff.segment import Header, checksum
 
 if TYPE_CHECKING:
-    from antiphon.workers.handoff.endpoint import KVStore
+    from antiphon.workers.handoff.endpoint import SegmentTarget
 
 
 class Incoming:
@@ -56,7 +56,7 @@ class Incoming:
             was_live, self._is_live = self._is_live, False
             return was_live
 
-    def take(self, header: Header, payload: Tensor, store: "KVStore") -> str | None:
+    def take(self, header: Header, payload: Tensor, target: "SegmentTarget") -> str | None:
         """Check a segment and write it to the blocks.
 
         Returns:
@@ -70,8 +70,8 @@ class Incoming:
                 return "unknown_transfer"
             if header.end <= self._next and header.start >= self._start:
                 return "duplicate"
-            self._check(header, payload, store.num_bytes_per_token)
-            store.scatter(self._block_table, header.start, header.end, payload)
+            self._check(header, payload, target.num_bytes_per_token)
+            target.scatter(self._block_table, header.start, header.end, payload)
             self._next = header.end
             return None
 

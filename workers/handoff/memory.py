@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from antiphon.errors import LinkBrokenError
+from antiphon.workers.handoff.transport import Link, Place
 
 _MAX_QUEUED_SENDS = 4  # then a send waits for the receiver, as it does over a network
 
@@ -41,7 +42,7 @@ class FaultPlan:
         """Let held sends through."""
         self._released.set()
 
-    def wait_released(self, timeout_seconds: float) -> None:
+    def wait_released(self, timeout_seconds: float | None) -> None:
         """Wait for ``release``.
 
         Raises:
@@ -57,24 +58,53 @@ class _Wire:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.broken = False
-        self.queues: tuple[deque[list[Tensor]], deque[list[Tensor]]] = (deque(), deque())
+        self._ways = (_Way(), _Way())
 
-    def put(self, end: int, tensors: list[Tensor], timeout_seconds: float) -> None:
-        queue = self.queues[end]
+    def put(self, end: int, tensors: list[Tensor]) -> int:
+        """Send a unit; returns its number, for ``wait_for_room``."""
+        way = self._ways[end]
         with self.changed:
-            self._wait(lambda: len(queue) < _MAX_QUEUED_SENDS, timeout_seconds)
-            queue.append(list(tensors))
-            self.changed.notify_all()
+            self._check()
+            way.units.append(list(tensors))
+            way.num_put += 1
+            self._match(way)
+            return way.num_put
 
-    def take(self, end: int, timeout_seconds: float | None) -> Tensor:
-        queue = self.queues[end]
+    def wait_for_room(self, end: int, number: int, timeout_seconds: float | None) -> None:
+        """Wait until a unit is among the few that a network would have taken already."""
+        way = self._ways[end]
         with self.changed:
-            self._wait(lambda: bool(queue), timeout_seconds)
-            tensor = queue[0].pop(0)
-            if not queue[0]:
-                queue.popleft()
-            self.changed.notify_all()
-            return tensor
+            self._wait(
+                lambda: number - (way.num_put - len(way.units)) <= _MAX_QUEUED_SENDS,
+                timeout_seconds,
+            )
+
+    def post(self, end: int, receive: "MemoryReceive") -> None:
+        with self.changed:
+            self._check()
+            self._ways[end].posted.append(receive)
+            self._match(self._ways[end])
+
+    def wait_for(self, receive: "MemoryReceive", timeout_seconds: float | None) -> None:
+        with self.changed:
+            if not receive.is_done:
+                self._wait(lambda: receive.is_done, timeout_seconds)
+
+    def _match(self, way: "_Way") -> None:
+        while way.units and way.posted:
+            sent, receive = way.units[0].pop(0), way.posted.popleft()
+            if not way.units[0]:
+                way.units.popleft()
+            if sent.numel() != receive.tensor.numel():
+                self.broken = True
+            else:
+                receive.tensor.copy_(sent)
+                receive.is_done = True
+        self.changed.notify_all()
+
+    def _check(self) -> None:
+        if self.broken:
+            raise LinkBrokenError("the link broke")
 
     def break_(self) -> None:
         with self.changed:
@@ -89,55 +119,101 @@ class _Wire:
             raise LinkBrokenError("the link broke" if in_time else "the peer did not act in time")
 
 
-class MemoryLink:
+class _Way:
+    """One direction."""
+
+    def __init__(self) -> None:
+        self.units: deque[list[Tensor]] = deque()  # sent, not received
+        self.posted: deque[MemoryReceive] = deque()  # waiting for what is sent
+        self.num_put = 0
+
+
+class MemoryLink(Link):
     """One end of a link; end 0 accepted, end 1 connected."""
 
     def __init__(self, wire: _Wire, end: int, plan: FaultPlan) -> None:
-        self._wire = wire
-        self._end = end
+        self.wire = wire
+        self.end = end
         self._plan = plan
         self._num_sends = 0
+        self._held: deque[MemorySend] = deque()
         self._swapped: list[Tensor] | None = None
 
-    def send(self, tensors: Sequence[Tensor], timeout_seconds: float) -> None:
-        """See ``Link.send``."""
-        fault = self._plan.faults.get(self._num_sends)
+    def start_send(self, tensors: Sequence[Tensor]) -> "MemorySend":
+        """See ``Link.start_send``."""
+        send = MemorySend(self, tensors, self._plan.faults.get(self._num_sends))
         self._num_sends += 1
-        unit = [tensor.clone() for tensor in tensors]
-        if fault is Fault.SWAP:
-            self._swapped = unit
-            return
-        if fault is Fault.BREAK_BEFORE:
-            self.close()
-        elif fault is Fault.CORRUPT_HEADER:
-            unit[0][17] ^= 0x40
-        elif fault is Fault.CORRUPT_PAYLOAD:
-            unit[-1][-1] ^= 0x01
-        elif fault is Fault.HOLD:
-            self._plan.wait_released(timeout_seconds)
-        if fault is not Fault.DROP:
-            self._wire.put(self._end, unit, timeout_seconds)
-        if fault is Fault.DUPLICATE:
-            self._wire.put(self._end, unit, timeout_seconds)
-        elif fault is Fault.BREAK_AFTER:
-            self.close()
-        if self._swapped is not None:
-            swapped, self._swapped = self._swapped, None
-            self._wire.put(self._end, swapped, timeout_seconds)
+        if self._held or send.fault is Fault.HOLD:
+            self._held.append(send)
+        else:
+            self._put(send)
+        return send
 
-    def recv(self, tensor: Tensor, timeout_seconds: float | None) -> None:
-        """See ``Link.recv``."""
-        received = self._wire.take(1 - self._end, timeout_seconds)
-        if received.numel() != tensor.numel():
-            self.close()
-            raise LinkBrokenError(
-                f"{received.numel()} bytes arrived where {tensor.numel()} were expected"
-            )
-        tensor.copy_(received)
+    def start_recv(self, tensor: Tensor) -> "MemoryReceive":
+        """See ``Link.start_recv``."""
+        receive = MemoryReceive(self.wire, tensor)
+        self.wire.post(1 - self.end, receive)
+        return receive
 
     def close(self) -> None:
         """See ``Link.close``."""
-        self._wire.break_()
+        self.wire.break_()
+
+    def release(self, send: "MemorySend", timeout_seconds: float | None) -> None:
+        """Put what is held up to and with this send, once the plan lets it through."""
+        while send in self._held:
+            if self._held[0].fault is Fault.HOLD:
+                self._plan.wait_released(timeout_seconds)
+            self._put(self._held.popleft())
+
+    def _put(self, send: "MemorySend") -> None:
+        if send.fault is Fault.SWAP:
+            self._swapped = send.unit
+            return
+        if send.fault is Fault.BREAK_BEFORE:
+            self.close()
+        elif send.fault is Fault.CORRUPT_HEADER:
+            send.unit[0][17] ^= 0x40
+        elif send.fault is Fault.CORRUPT_PAYLOAD:
+            send.unit[-1][-1] ^= 0x01
+        if send.fault is not Fault.DROP:
+            send.number = self.wire.put(self.end, send.unit)
+        if send.fault is Fault.DUPLICATE:
+            send.number = self.wire.put(self.end, send.unit)
+        elif send.fault is Fault.BREAK_AFTER:
+            self.close()
+        if self._swapped is not None:
+            swapped, self._swapped = self._swapped, None
+            self.wire.put(self.end, swapped)
+
+
+class MemorySend:
+    """A send; what is sent was copied when it was started."""
+
+    def __init__(self, link: MemoryLink, tensors: Sequence[Tensor], fault: Fault | None) -> None:
+        self.unit = [tensor.clone() for tensor in tensors]
+        self.fault = fault
+        self.number = 0
+        self._link = link
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """See ``Pending.wait``."""
+        self._link.release(self, timeout_seconds)
+        if self.fault not in (Fault.DROP, Fault.SWAP):
+            self._link.wire.wait_for_room(self._link.end, self.number, timeout_seconds)
+
+
+class MemoryReceive:
+    """A receive; filled when something is sent, or at once."""
+
+    def __init__(self, wire: _Wire, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.is_done = False
+        self._wire = wire
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """See ``Pending.wait``."""
+        self._wire.wait_for(self, timeout_seconds)
 
 
 class MemoryNetwork:
@@ -158,6 +234,7 @@ class MemoryTransport:
     """
 
     name = "memory"
+    place = Place.HOST
 
     def __init__(self, network: MemoryNetwork, address: str, plan: FaultPlan | None = None) -> None:
         self._network = network

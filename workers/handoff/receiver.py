@@ -124,6 +124,26 @@ class HandoffReceiver:
             link.ensure_started()
             self._changed.notify_all()
 
+    def prewarm(self, peer_incarnation: str) -> LinkOffer | None:
+        """Offer a link and wait for its sender before a transfer needs it.
+
+        Returns:
+            What to tell the sender; None if the peer has a link, or no further one is allowed: none
+            is given up for one that may be wanted.
+
+        Raises:
+            LinkBrokenError: The receiver is closed.
+        """
+        with self._lock:
+            has_link = peer_incarnation in self._current
+            if has_link or len(self._links) >= self._limits.max_links:
+                return None
+        offer = self.offer(peer_incarnation)
+        with self._lock:
+            if link := self._links.get(offer.link_id):
+                link.ensure_started()
+        return offer
+
     def cancel(self, transfer_id: str) -> bool:
         """Stop a transfer; on return nothing will write to its blocks any more.
 
@@ -188,6 +208,11 @@ class HandoffReceiver:
         """The live transfer with this id."""
         with self._lock:
             return self._transfers.get(transfer_id)
+
+    def complete(self, transfer: Incoming, age_seconds: float) -> None:
+        """End a transfer that has all its tokens, the last computed so long ago."""
+        self.tally.completed(age_seconds)
+        self.end(transfer, None)
 
     def end(self, transfer: Incoming, error: HandoffError | None) -> None:
         """End a transfer, if nobody else has."""

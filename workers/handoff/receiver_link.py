@@ -4,9 +4,16 @@ The thread always has the receive for the next header posted, without a time-out
 nothing while the link is idle, and shows a dead peer at once. A peer that hangs is found by the
 transfers' time-out. Whatever a header announces is read before it is judged, so that the link stays
 in step; only a header that can't be trusted breaks the link.
+
+If the next header is here when a payload is complete, the next payload's receive is posted, into
+the other staging buffer, before the first is written to its blocks: the wire is not idle meanwhile.
+
+    header k ─▶ post payload k and header k+1 ─▶ write k-1 to its blocks ─▶ payload k is here ─▶ ...
 """
 
 import threading
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,10 +24,19 @@ from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.handshake import answer
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.segment import HEADER_BYTES, Epochs, Header, Kind, as_bytes
-from antiphon.workers.handoff.transport import Link
+from antiphon.workers.handoff.staging import Staging
+from antiphon.workers.handoff.transport import Link, Pending
 
 if TYPE_CHECKING:
     from antiphon.workers.handoff.receiver import HandoffReceiver
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    header: Header
+    payload: Tensor
+    pending: Pending | None  # None: there is no payload to wait for
+    began: float
 
 
 class ReceiverLink:
@@ -36,13 +52,15 @@ class ReceiverLink:
         self._endpoint = endpoint
         self._receiver = receiver
         self._epochs = Epochs.of(peer_incarnation, endpoint.incarnation)
-        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._staging = Staging(
+            endpoint.store, endpoint.transport.place, receiver.tally.staging_resized
+        )
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._thread: threading.Thread | None = None
 
     def ensure_started(self) -> None:
-        """Start to accept and read, on the first expected transfer."""
+        """Start to accept and read: when a transfer is expected, or to prewarm the link."""
         if self._thread is None:
             name = f"handoff-recv-{self.link_id[:8]}"
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -74,8 +92,8 @@ class ReceiverLink:
                     self._epochs,
                     self._receiver.limits.io_timeout_seconds,
                 )
-                while True:
-                    self._receive(link)
+                self._receiver.tally.link_made(is_prewarmed=not self.transfers)
+                self._read(link)
         except HandoffError as broken:
             error = broken
         except Exception as unexpected:
@@ -83,6 +101,7 @@ class ReceiverLink:
             error.__cause__ = unexpected
         if self._link is not None:
             self._link.close()
+        self._staging.release()
         self._receiver.link_ended(self, error, was_connected=self._link is not None)
 
     def _accept(self) -> Link | None:
@@ -102,24 +121,33 @@ class ReceiverLink:
                     raise LinkBrokenError("the link was closed by this worker")
             return link
 
-    def _receive(self, link: Link) -> None:
+    def _read(self, link: Link) -> None:
+        """Receive and deliver messages until the link breaks."""
         raw = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        link.recv(raw, timeout_seconds=None)
-        header = Header.unpack(as_bytes(raw))
-        payload = self._stage(header.num_payload_bytes)
-        if payload.numel():
-            link.recv(payload, self._receiver.limits.io_timeout_seconds)
-        transfer = self._receiver.find(header.transfer_id.hex())
-        reason = self._reason_to_discard(header, transfer)
-        if transfer is None or reason is not None:
-            self._receiver.tally.discarded(reason or "unknown_transfer")
-        else:
-            self._deliver(header, payload, transfer)
+        next_header = link.start_recv(raw)
+        undelivered: _Message | None = None
+        while True:
+            try:
+                next_header.wait(timeout_seconds=None)
+                message = self._start_payload(link, Header.unpack(as_bytes(raw)))
+                next_header = link.start_recv(raw.zero_())
+            finally:
+                if undelivered is not None:
+                    self._deliver(undelivered)
+            if message.pending is not None:
+                message.pending.wait(self._receiver.limits.io_timeout_seconds)
+            undelivered = message if Header.is_whole(as_bytes(raw)) else None
+            if undelivered is None:
+                self._deliver(message)
 
-    def _stage(self, num_bytes: int) -> Tensor:
-        if num_bytes > self._staging.numel():
-            self._staging = torch.empty(num_bytes, dtype=torch.uint8)
-        return self._staging[:num_bytes]
+    def _start_payload(self, link: Link, header: Header) -> _Message:
+        began = time.perf_counter()
+        num_bytes = header.num_payload_bytes
+        if header.kind is Kind.DATA:
+            payload = self._staging.next_payload(num_bytes)
+        else:
+            payload = torch.empty(num_bytes, dtype=torch.uint8)
+        return _Message(header, payload, link.start_recv(payload) if num_bytes else None, began)
 
     def _reason_to_discard(self, header: Header, transfer: Incoming | None) -> str | None:
         """Why a message says nothing about any transfer of this link."""
@@ -131,13 +159,20 @@ class ReceiverLink:
             return "wrong_link"
         return None
 
-    def _deliver(self, header: Header, payload: Tensor, transfer: Incoming) -> None:
+    def _deliver(self, message: _Message) -> None:
+        """Judge a message that has arrived, and let it have its effect."""
+        header, payload = message.header, message.payload
+        transfer = self._receiver.find(header.transfer_id.hex())
+        reason = self._reason_to_discard(header, transfer)
+        if transfer is None or reason is not None:
+            self._receiver.tally.discarded(reason or "unknown_transfer")
+            return
         try:
             if header.kind is Kind.DATA:
-                self._write(header, payload, transfer)
+                self._write(message, transfer)
             elif header.kind is Kind.END:
                 transfer.check_end(header)
-                self._receiver.end(transfer, None)
+                self._receiver.complete(transfer, header.age_microseconds / 1e6)
             elif header.kind is Kind.ABORT:
                 reason = as_bytes(payload).decode(errors="replace")
                 self._receiver.end(transfer, HandoffError(f"the sender gave up: {reason}"))
@@ -147,9 +182,10 @@ class ReceiverLink:
             self._receiver.tally.discarded(str(error).partition(":")[0])
             self._receiver.end(transfer, error)
 
-    def _write(self, header: Header, payload: Tensor, transfer: Incoming) -> None:
+    def _write(self, message: _Message, transfer: Incoming) -> None:
+        payload = message.payload
         try:
-            discarded = transfer.take(header, payload, self._endpoint.store)
+            discarded = transfer.take(message.header, payload, self._staging)
         except SegmentRejectedError:
             raise
         except Exception as error:
@@ -157,6 +193,7 @@ class ReceiverLink:
             self._receiver.end(transfer, failed)
             return
         if discarded is None:
-            self._receiver.tally.segment(payload.numel())
+            seconds = time.perf_counter() - message.began
+            self._receiver.tally.segment(payload.numel(), seconds)
         else:
             self._receiver.tally.discarded(discarded)

@@ -9,12 +9,13 @@
            40  start, end        u64 each  token range
            56  payload bytes     u64
            64  payload checksum  u64       xxh3_64
-           72  zeros
+           72  age               u64       of END: microseconds since the last KV was computed
+           80  zeros
           120  header checksum   u64       xxh3_64 of bytes 0..119
 
-Little endian. The header checksum comes first in parsing: a header that fails it says nothing
-reliable about how many bytes follow, so the link is out of step and has to break. A payload that
-fails its checksum costs only its transfer.
+Little endian. Magic and version keep their places in every version. The header checksum comes first
+in parsing: a header that fails it says nothing reliable about how many bytes follow, so the link is
+out of step and has to break. A payload that fails its checksum costs only its transfer.
 """
 
 import enum
@@ -33,9 +34,11 @@ MAX_PAYLOAD_BYTES = 64 << 20  # what a receiver is ready to stage per link
 NO_TRANSFER = bytes(16)
 
 _MAGIC = b"AKVS"
-_VERSION = 1
-_BODY = struct.Struct("<4sHH16s8s8sQQQQ48x")
+HEADER_VERSION = 2
+_BODY = struct.Struct("<4sHH16s8s8sQQQQQ40x")
+_PREFIX = struct.Struct("<4sH")
 _CHECKSUM = struct.Struct("<Q")
+_FACTOR_STEP = 0x9E3779B97F4A7C14 - 2**64  # even, with bits in every byte (the golden ratio's)
 assert _BODY.size + _CHECKSUM.size == HEADER_BYTES
 
 
@@ -72,12 +75,13 @@ class Header:
     end: int = 0
     num_payload_bytes: int = 0
     payload_checksum: int = 0
+    age_microseconds: int = 0
 
     def pack(self) -> bytes:
         """The header's 128 bytes."""
         body = _BODY.pack(
             _MAGIC,
-            _VERSION,
+            HEADER_VERSION,
             self.kind,
             self.transfer_id,
             self.epochs.sender,
@@ -86,8 +90,15 @@ class Header:
             self.end,
             self.num_payload_bytes,
             self.payload_checksum,
+            self.age_microseconds,
         )
         return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
+
+    @staticmethod
+    def is_whole(raw: bytes) -> bool:
+        """Whether these bytes have their own checksum at the end."""
+        checksum_of_body = xxhash.xxh3_64_intdigest(raw[: _BODY.size])
+        return bool(_CHECKSUM.unpack_from(raw, _BODY.size)[0] == checksum_of_body)
 
     @classmethod
     def unpack(cls, raw: bytes) -> "Header":
@@ -96,15 +107,14 @@ class Header:
         Raises:
             SegmentRejectedError: Names the field that is wrong.
         """
-        body, (header_checksum,) = raw[: _BODY.size], _CHECKSUM.unpack(raw[_BODY.size :])
-        if xxhash.xxh3_64_intdigest(body) != header_checksum:
+        if not cls.is_whole(raw):
             raise SegmentRejectedError("segment header: wrong header checksum")
-        magic, version, kind, transfer_id, sender, receiver, *numbers = _BODY.unpack(body)
-        start, end, num_payload_bytes, payload_checksum = numbers
+        magic, version, kind, transfer_id, sender, receiver, *numbers = _BODY.unpack_from(raw)
+        start, end, num_payload_bytes, payload_checksum, age = numbers
         if magic != _MAGIC:
             raise SegmentRejectedError(f"segment header: magic is {magic!r}, expected {_MAGIC!r}")
-        if version != _VERSION:
-            raise SegmentRejectedError(f"segment header: version is {version}, not {_VERSION}")
+        if version != HEADER_VERSION:
+            raise SegmentRejectedError(f"segment header: version {version}, not {HEADER_VERSION}")
         if kind not in Kind.__members__.values():
             raise SegmentRejectedError(f"segment header: kind {kind} is unknown")
         if start > end:
@@ -113,13 +123,40 @@ class Header:
             raise SegmentRejectedError(
                 f"segment header: payload bytes {num_payload_bytes} exceed {MAX_PAYLOAD_BYTES}"
             )
-        epochs = Epochs(sender, receiver)
-        return cls(Kind(kind), epochs, transfer_id, start, end, num_payload_bytes, payload_checksum)
+        return cls(
+            Kind(kind),
+            Epochs(sender, receiver),
+            transfer_id,
+            start,
+            end,
+            num_payload_bytes,
+            payload_checksum,
+            age,
+        )
+
+
+def peer_version(raw: bytes) -> int | None:
+    """The version of any version's header; None if it is no header."""
+    magic, version = _PREFIX.unpack_from(raw)
+    return int(version) if magic == _MAGIC else None
 
 
 def checksum(payload: Tensor) -> int:
-    """xxh3_64 of a contiguous uint8 tensor on the CPU."""
+    """Of a contiguous 1-D uint8 tensor: xxh3_64 on the CPU, ``device_checksum`` on a GPU."""
+    if payload.is_cuda:
+        return device_checksum(payload)
     return xxhash.xxh3_64_intdigest(payload.numpy().data)
+
+
+def device_checksum(payload: Tensor) -> int:
+    """Sum of 8-byte words times odd numbers that differ by place, modulo 2**64, in torch.
+
+    Any flipped bit changes it, since an odd factor has an inverse; so does a word that moved, but
+    for accidents. Both ends of a link have their payload in the same kind of memory.
+    """
+    words = torch.nn.functional.pad(payload, (0, -payload.numel() % 8)).view(torch.int64)
+    factors = torch.arange(words.numel(), device=payload.device) * _FACTOR_STEP + 1
+    return int((words * factors).sum()) % 2**64
 
 
 def as_tensor(raw: bytes) -> Tensor:

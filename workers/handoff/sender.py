@@ -11,24 +11,19 @@ pushes merge into larger segments. On a link the oldest transfer with something 
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
 from antiphon.messages import LinkOffer
+from antiphon.workers.handoff.counters import HandoffCounters, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
+from antiphon.workers.handoff.outgoing import Outgoing
 from antiphon.workers.handoff.segment import MAX_PAYLOAD_BYTES
-from antiphon.workers.handoff.sender_link import Outgoing, SenderLink
+from antiphon.workers.handoff.sender_link import SenderLimits, SenderLink
+from antiphon.workers.handoff.staging import streams_for
+
+__all__ = ["HandoffSender", "SenderLimits"]
 
 OnDone = Callable[[str, HandoffError | None, int, float], None]
-
-
-@dataclass(frozen=True, slots=True)
-class SenderLimits:
-    """Bounds of a ``HandoffSender``."""
-
-    timeout_seconds: float = 10.0  # to connect; for the receiver to take a segment
-    max_links: int = 64
-    segment_bytes: int = 8 << 20  # larger pushes are split; also the staging memory per link
 
 
 class HandoffSender:
@@ -55,6 +50,8 @@ class HandoffSender:
         self._lock = threading.Lock()
         self._links: dict[tuple[str, str], SenderLink] = {}  # least recently used first
         self._transfers: dict[str, SenderLink] = {}
+        self._streams = streams_for(endpoint.store.device)
+        self._tally = Tally()
         self._closed = False
 
     def open(self, transfer_id: str, offer: LinkOffer, first_token: int) -> None:
@@ -71,32 +68,45 @@ class HandoffSender:
         """
         evicted = None
         with self._lock:
-            if self._closed:
-                raise LinkBrokenError("this worker's hand-off sender is closed")
+            self._check_open()
             if transfer_id in self._transfers:
                 raise ValueError(f"transfer {transfer_id} is open already")
             key = (offer.address, offer.link_id)
             link = self._links.pop(key, None)
             if link is None:
                 evicted = self._make_room()
-                link = SenderLink(
-                    self._endpoint, self._limits.timeout_seconds, self._limits.segment_bytes, offer
-                )
-                link.start(self._lock, self._end)
+                link = self._new_link(offer)
             self._links[key] = link
             self._transfers[transfer_id] = link
             link.add(Outgoing(transfer_id, first_token, first_token))
         if evicted is not None:
             evicted.close()
 
+    def prewarm(self, offer: LinkOffer) -> None:
+        """Make a link before a transfer wants it, in the background.
+
+        Raises:
+            WorkerBusyError: No link more is allowed; none is given up for one that may be wanted.
+            LinkBrokenError: The sender is closed.
+        """
+        with self._lock:
+            self._check_open()
+            key = (offer.address, offer.link_id)
+            if key in self._links:
+                return
+            if len(self._links) >= self._limits.max_links:
+                raise WorkerBusyError(f"{len(self._links)} hand-off links are open already")
+            self._links[key] = self._new_link(offer)
+
     def push(self, transfer_id: str, block_table: Sequence[int], start: int, end: int) -> None:
-        """Say that KV of tokens ``[start, end)`` is computed; never blocks.
+        """Say that KV of tokens ``[start, end)`` is computed; on the engine's thread, never blocks.
 
         Harmless if the transfer has ended. ``start`` is where the last push ended.
         """
+        mark = self._streams.mark()
         with self._lock:
             if link := self._transfers.get(transfer_id):
-                link.push(transfer_id, block_table, start, end)
+                link.push(transfer_id, block_table, (start, end), mark)
 
     def finish(self, transfer_id: str) -> None:
         """Say that everything was pushed; harmless if the transfer has ended."""
@@ -109,6 +119,10 @@ class HandoffSender:
         with self._lock:
             if link := self._transfers.get(transfer_id):
                 link.abort(transfer_id, reason)
+
+    def counters(self) -> HandoffCounters:
+        """What was sent so far."""
+        return self._tally.snapshot()
 
     @property
     def num_links(self) -> int:
@@ -126,6 +140,15 @@ class HandoffSender:
         for link in links:
             link.join()
         self._endpoint.transport.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LinkBrokenError("this worker's hand-off sender is closed")
+
+    def _new_link(self, offer: LinkOffer) -> SenderLink:
+        link = SenderLink(self._endpoint, self._limits, offer, self._tally)
+        link.start(self._lock, self._end)
+        return link
 
     def _make_room(self) -> SenderLink | None:
         if len(self._links) < self._limits.max_links:

@@ -1,45 +1,48 @@
 """One link of a sender, and the thread that feeds it.
 
-All state is guarded by the sender's one lock; the thread holds it only to pick the next thing to
-send, never while it gathers or sends.
+All state of the transfers is guarded by the sender's one lock; the thread holds it only to pick the
+next message, never while it gathers or waits. Two messages may be on the wire: while one is, the
+next is gathered into the other staging buffer.
 """
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from antiphon.errors import HandoffError, LinkBrokenError
 from antiphon.messages import LinkOffer
+from antiphon.workers.handoff.counters import Tally
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.handshake import greet
+from antiphon.workers.handoff.outgoing import (
+    BusyClock,
+    Flight,
+    Message,
+    Outgoing,
+    next_message,
+)
 from antiphon.workers.handoff.segment import Epochs, Header, Kind, as_tensor, checksum
+from antiphon.workers.handoff.staging import Staging
 from antiphon.workers.handoff.transport import Link
 
-_IDLE_SECONDS = 60.0  # an idle thread looks around this often, though it is always notified
+_IDLE_SECONDS = 60.0  # an idle thread lets go of its staging buffers
 _MAX_REASON_BYTES = 1024
+_MAX_FLIGHTS = 2  # one for each staging buffer
 
 
-@dataclass(slots=True, eq=False)
-class Outgoing:
-    """A transfer that is being sent."""
+@dataclass(frozen=True, slots=True)
+class SenderLimits:
+    """Bounds of a ``HandoffSender``."""
 
-    transfer_id: str
-    num_sent: int  # tokens before this one were sent
-    num_pushed: int  # tokens before this one are computed
-    block_table: tuple[int, ...] = ()
-    is_finished: bool = False
-    abort_reason: str | None = None
-    num_bytes: int = 0
-    busy_seconds: float = 0.0
-
-    @property
-    def has_work(self) -> bool:
-        """Whether there is something to say to the receiver."""
-        return self.num_sent < self.num_pushed or self.is_finished or self.abort_reason is not None
+    timeout_seconds: float = 10.0  # to connect; for the receiver to take a segment
+    max_links: int = 64
+    segment_bytes: int = 8 << 20  # larger pushes are split; a link stages two
+    piece_bytes: int = 2 << 20  # less than this waits for more, or for the prompt's end
 
 
 # Called with (link, the transfer that ended or None for all of them and the link, error).
@@ -50,16 +53,20 @@ class SenderLink:
     """Made on first use, broken by the first error."""
 
     def __init__(
-        self, endpoint: Endpoint, timeout_seconds: float, segment_bytes: int, offer: LinkOffer
+        self, endpoint: Endpoint, limits: SenderLimits, offer: LinkOffer, tally: Tally
     ) -> None:
         self.offer = offer
         self.transfers: dict[str, Outgoing] = {}  # oldest first; the sender removes what ended
         self._endpoint = endpoint
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = limits.timeout_seconds
         bytes_per_token = endpoint.store.num_bytes_per_token
-        self._max_segment_tokens = max(1, segment_bytes // bytes_per_token)
-        self._staging = torch.empty(self._max_segment_tokens * bytes_per_token, dtype=torch.uint8)
+        self._max_tokens = max(1, limits.segment_bytes // bytes_per_token)
+        self._min_tokens = max(1, min(limits.piece_bytes // bytes_per_token, self._max_tokens))
+        self._tally = tally
+        place = endpoint.transport.place
+        self._staging = Staging(endpoint.store, place, tally.staging_resized)
         self._epochs = Epochs.of(endpoint.incarnation, offer.receiver_incarnation)
+        self._clock = BusyClock()
         self._link: Link | None = None
         self._closing = False
 
@@ -80,20 +87,24 @@ class SenderLink:
         """Take a transfer on; the caller holds the lock, here and below."""
         self.transfers[transfer.transfer_id] = transfer
 
-    def push(self, transfer_id: str, block_table: Sequence[int], start: int, end: int) -> None:
+    def push(
+        self, transfer_id: str, block_table: Sequence[int], span: tuple[int, int], mark: Any
+    ) -> None:
         """See ``HandoffSender.push``."""
         transfer = self.transfers[transfer_id]
-        if start != transfer.num_pushed or end < start or transfer.is_finished:
+        start, end = span
+        if start != transfer.num_pushed or end < start or transfer.finished_at is not None:
             raise ValueError(
                 f"transfer {transfer_id}: pushed [{start}, {end}) after token {transfer.num_pushed}"
             )
         transfer.block_table = tuple(block_table)
         transfer.num_pushed = end
+        transfer.mark = mark
         self._changed.notify_all()
 
     def finish(self, transfer_id: str) -> None:
         """See ``HandoffSender.finish``."""
-        self.transfers[transfer_id].is_finished = True
+        self.transfers[transfer_id].finished_at = time.monotonic()
         self._changed.notify_all()
 
     def abort(self, transfer_id: str, reason: str) -> None:
@@ -116,10 +127,11 @@ class SenderLink:
 
     def _run(self) -> None:
         error: HandoffError = LinkBrokenError("the link was closed by this worker")
+        greeted = False
         try:
             link = self._connect()
-            while (transfer := self._next()) is not None:
-                self._serve(link, transfer)
+            greeted = True
+            self._feed(link)
         except HandoffError as broken:
             error = broken
         except Exception as unexpected:
@@ -127,6 +139,9 @@ class SenderLink:
             error.__cause__ = unexpected
         if self._link is not None:
             self._link.close()
+        if greeted and not self._closing:
+            self._tally.broken_link()
+        self._staging.release()
         self._on_end(self, None, error)
 
     def _connect(self) -> Link:
@@ -138,61 +153,77 @@ class SenderLink:
             if self._closing:
                 raise LinkBrokenError("the link was closed by this worker")
         greet(link, self._endpoint.wire, self._epochs, self._timeout_seconds)
+        self._tally.link_made(is_prewarmed=self.is_idle)
         return link
 
-    def _next(self) -> Outgoing | None:
-        """Wait for the oldest transfer with something to send; None when closing."""
+    def _feed(self, link: Link) -> None:
+        """Send messages until the link is closed."""
+        flights: deque[Flight] = deque()
+        while (message := self._next(may_wait=not flights)) is not None or flights:
+            if message is None or len(flights) == _MAX_FLIGHTS:
+                self._land(flights.popleft())
+            if message is not None and (flight := self._launch(link, message)) is not None:
+                flights.append(flight)
+
+    def _next(self, *, may_wait: bool) -> Message | None:
+        """The next message; None if there is none yet, or when closing."""
         with self._changed:
             while not self._closing:
-                for transfer in self.transfers.values():
-                    if transfer.has_work:
-                        return transfer
-                self._changed.wait(_IDLE_SECONDS)
+                transfers = self.transfers.values()
+                message = next_message(transfers, self._max_tokens, self._min_tokens)
+                if message is not None or not may_wait:
+                    return message
+                if not self._changed.wait(_IDLE_SECONDS):
+                    self._staging.release()
         return None
 
-    def _serve(self, link: Link, transfer: Outgoing) -> None:
-        """Send one segment of a transfer, or how it ended."""
-        with self._changed:
-            reason = transfer.abort_reason
-            start, table = transfer.num_sent, transfer.block_table
-            end = min(transfer.num_pushed, start + self._max_segment_tokens)
-        if reason is not None:
-            text = as_tensor(reason.encode()[:_MAX_REASON_BYTES])
-            self._send(link, Kind.ABORT, transfer, (start, start), text)
-            self._on_end(self, transfer, HandoffError(f"the transfer was given up: {reason}"))
-        elif start == end:
-            self._send(link, Kind.END, transfer, (0, end), as_tensor(b""))
-            self._on_end(self, transfer, None)
-        else:
-            self._send_segment(link, transfer, table, (start, end))
-
-    def _send_segment(
-        self, link: Link, transfer: Outgoing, block_table: tuple[int, ...], span: tuple[int, int]
-    ) -> None:
+    def _launch(self, link: Link, message: Message) -> Flight | None:
+        """Put a message on the wire; None if its KV can't be read, which aborts its transfer."""
         began = time.perf_counter()
-        start, end = span
-        payload = self._staging[: (end - start) * self._endpoint.store.num_bytes_per_token]
         try:
-            self._endpoint.store.gather(block_table, start, end, payload)
+            payload = self._payload(message)
         except Exception as error:
             with self._changed:
-                transfer.abort_reason = f"reading the KV cache failed: {error!r}"
-            return
-        self._send(link, Kind.DATA, transfer, span, payload)
-        transfer.num_sent = end
-        transfer.num_bytes += payload.numel()
-        transfer.busy_seconds += time.perf_counter() - began
+                message.transfer.abort_reason = f"reading the KV cache failed: {error!r}"
+            return None
+        header = as_tensor(self._header(message, payload).pack())
+        tensors = [header, payload] if payload.numel() else [header]
+        return Flight(message, payload.numel(), began, link.start_send(tensors))
 
-    def _send(
-        self, link: Link, kind: Kind, transfer: Outgoing, span: tuple[int, int], payload: Tensor
-    ) -> None:
-        header = Header(
-            kind,
+    def _payload(self, message: Message) -> Tensor:
+        if message.kind is Kind.DATA:
+            num_tokens = message.span[1] - message.span[0]
+            payload = self._staging.next_payload(num_tokens * self._staging.num_bytes_per_token)
+            self._staging.gather(message.block_table, message.span, payload, message.mark)
+            return payload
+        return as_tensor((message.abort_reason or "").encode()[:_MAX_REASON_BYTES])
+
+    def _header(self, message: Message, payload: Tensor) -> Header:
+        age = 0.0
+        if message.kind is Kind.END and message.transfer.finished_at is not None:
+            age = time.monotonic() - message.transfer.finished_at
+        return Header(
+            message.kind,
             self._epochs,
-            bytes.fromhex(transfer.transfer_id),
-            *span,
+            bytes.fromhex(message.transfer.transfer_id),
+            *message.span,
             payload.numel(),
             checksum(payload),
+            round(age * 1e6),
         )
-        message = [as_tensor(header.pack())]
-        link.send([*message, payload] if payload.numel() else message, self._timeout_seconds)
+
+    def _land(self, flight: Flight) -> None:
+        """Wait until the receiver has taken a message."""
+        message, transfer = flight.message, flight.message.transfer
+        flight.pending.wait(self._timeout_seconds)
+        if message.kind is Kind.DATA:
+            seconds = self._clock.landed(flight)
+            transfer.num_bytes += flight.num_payload_bytes
+            transfer.busy_seconds += seconds
+            self._tally.sent(flight.num_payload_bytes, seconds)
+        elif message.kind is Kind.END:
+            self._tally.completed(0.0)
+            self._on_end(self, transfer, None)
+        else:
+            reason = f"the transfer was given up: {message.abort_reason}"
+            self._on_end(self, transfer, HandoffError(reason))

@@ -2,47 +2,84 @@
 
 A link is private to one pair of workers, ordered, and used by one thread at each end. KV crosses it
 from the end that connected (the sender) to the end that accepted (the receiver); the way back
-carries only the answer in the handshake. Each tensor that is sent meets exactly one ``recv`` of the
+carries only the answer in the handshake. Each tensor that is sent meets exactly one receive of the
 same size. A link breaks once and as a whole: after any error, both ends' calls raise
 ``LinkBrokenError``, and its id is never used again.
+
+Sends and receives are started and waited for apart, so that the next segment can be prepared while
+one is on the wire. What was started first is waited for first.
 """
 
+import enum
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 
-class Link(Protocol):
-    """One end of a link."""
+class Place(enum.Enum):
+    """Where payload must lie while a transport carries it."""
 
-    def send(self, tensors: Sequence[Tensor], timeout_seconds: float) -> None:
-        """Send contiguous 1-D uint8 tensors in order; they may be reused on return.
+    HOST = enum.auto()  # pinned, if the KV cache is on a GPU
+    DEVICE = enum.auto()  # beside the KV cache
 
-        Raises:
-            LinkBrokenError: The peer died, did not take them in time, or the link was closed.
-        """
 
-    def recv(self, tensor: Tensor, timeout_seconds: float | None) -> None:
-        """Fill ``tensor`` with what was sent next.
+class Pending(Protocol):
+    """A send or receive that was started."""
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """Wait for the end.
 
         Args:
-            tensor: Contiguous 1-D uint8; its content is undefined after an error.
             timeout_seconds: Running out of it breaks the link. None: wait as long as the link
                 lives, without using the CPU.
 
         Raises:
-            LinkBrokenError: The peer died, sent nothing in time, or the link was closed.
+            LinkBrokenError: The peer died, did not act in time, or the link was closed.
         """
 
+
+class Link(ABC):
+    """One end of a link."""
+
+    @abstractmethod
+    def start_send(self, tensors: Sequence[Tensor]) -> Pending:
+        """Send contiguous 1-D uint8 tensors in order; they may be reused once it has ended.
+
+        Raises:
+            LinkBrokenError: The link is broken.
+        """
+
+    @abstractmethod
+    def start_recv(self, tensor: Tensor) -> Pending:
+        """Fill ``tensor`` with what was sent next, as soon as it comes.
+
+        Args:
+            tensor: Contiguous 1-D uint8; its content is undefined after an error.
+
+        Raises:
+            LinkBrokenError: The link is broken.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Break the link, from any thread; calls that are blocked at either end raise at once."""
+
+    def send(self, tensors: Sequence[Tensor], timeout_seconds: float) -> None:
+        """Start a send and wait for it."""
+        self.start_send(tensors).wait(timeout_seconds)
+
+    def recv(self, tensor: Tensor, timeout_seconds: float | None) -> None:
+        """Start a receive and wait for it."""
+        self.start_recv(tensor).wait(timeout_seconds)
 
 
 class Transport(Protocol):
     """Makes links."""
 
     name: str
+    place: Place
 
     @property
     def address(self) -> str:

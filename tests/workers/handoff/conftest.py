@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from handoff_pair import Pair, handoff_threads
+from handoff_pair import Pair, handoff_threads, wait_until
 
 from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.memory import FaultPlan, MemoryNetwork, MemoryTransport
@@ -56,6 +56,6 @@ def pair(transports: TwoTransports) -> Iterator[Pair]:
 def _close(pairs: list[Pair]) -> None:
     for pair in pairs:
         pair.close()
-    assert handoff_threads() == []
+    wait_until(lambda: handoff_threads() == [])
     for pair in pairs:
         assert pair.target.violations == []

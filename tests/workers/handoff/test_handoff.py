@@ -94,7 +94,7 @@ def test_cancel_fences_and_late_segments_are_discarded(pair):
 def test_cancel_waits_for_the_scatter_under_way(pair):
     pair.target.scatter_gate = threading.Event()
     transfer_id = pair.begin(SOURCE, TARGET, 0, 20)
-    pair.send_all(transfer_id, SOURCE, 0, 20)
+    pair.sender.push(transfer_id, SOURCE, 0, 4)
     assert pair.target.scatter_began.wait(5)
     cancelled: list[bool] = []
     cancelling = threading.Thread(

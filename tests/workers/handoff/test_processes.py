@@ -29,7 +29,7 @@ from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 store = FakeStore()
 store.fill_random(7)
 endpoint = Endpoint(GlooTransport("127.0.0.1"), store, "prefill-2", WIRE)
-sender = HandoffSender(endpoint, SenderLimits(), lambda *report: None)
+sender = HandoffSender(endpoint, SenderLimits(piece_bytes=0), lambda *report: None)
 for line in sys.stdin:
     transfer_id, offer, table, end = json.loads(line)
     sender.open(transfer_id, LinkOffer(**offer), 0)
@@ -39,13 +39,13 @@ for line in sys.stdin:
 
 @pytest.fixture
 def remote() -> Iterator[subprocess.Popen[str]]:
-    support = str(Path(handoff_pair.__file__).parent)
+    folders = [str(Path(handoff_pair.__file__).parent), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [sys.executable, "-c", SENDER],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": support, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
     )
     yield process
     process.kill()

@@ -38,7 +38,7 @@ def test_any_flipped_bit_is_found():
 
 @pytest.mark.parametrize(
     ("offset", "value", "field"),
-    [(0, b"XXXX", "magic"), (4, b"\x02\x00", "version"), (6, b"\x09\x00", "kind")],
+    [(0, b"XXXX", "magic"), (4, b"\x09\x00", "version"), (6, b"\x09\x00", "kind")],
 )
 def test_a_foreign_header_is_refused_by_field(offset, value, field):
     body = bytearray(HEADER.pack()[:-8])

@@ -1,0 +1,102 @@
+"""A transfer on the sending side, and the messages that are made of it."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from antiphon.workers.handoff.segment import Kind
+from antiphon.workers.handoff.transport import Pending
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A transfer that is being sent; guarded by the sender's lock."""
+
+    transfer_id: str
+    num_taken: int  # tokens before this one were sent, or are on their way
+    num_pushed: int  # tokens before this one are computed
+    block_table: tuple[int, ...] = ()
+    mark: Any = None  # of the engine's stream at the last push
+    finished_at: float | None = None  # ``time.monotonic``
+    abort_reason: str | None = None
+    is_ending: bool = False  # END or ABORT is on its way
+    num_bytes: int = 0  # that the receiver took
+    busy_seconds: float = 0.0
+
+    def has_work(self, min_tokens: int) -> bool:
+        """Whether there is something to say to the receiver.
+
+        Args:
+            min_tokens: As few are sent only once the prompt is done.
+        """
+        if self.is_ending:
+            return False
+        if self.abort_reason is not None or self.finished_at is not None:
+            return True
+        return self.num_pushed - self.num_taken >= min_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What to send next."""
+
+    kind: Kind
+    transfer: Outgoing
+    span: tuple[int, int]
+    block_table: tuple[int, ...]
+    mark: Any
+    abort_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A message on the wire."""
+
+    message: Message
+    num_payload_bytes: int
+    began: float
+    pending: Pending
+
+
+def next_message(transfers: Iterable[Outgoing], max_tokens: int, min_tokens: int) -> Message | None:
+    """Take the next message from the oldest transfer that has one; None if there is none.
+
+    Args:
+        transfers: Oldest first.
+        max_tokens: In one segment.
+        min_tokens: See ``Outgoing.has_work``.
+    """
+    for transfer in transfers:
+        if transfer.has_work(min_tokens):
+            kind, span = _take(transfer, max_tokens)
+            mark, reason = transfer.mark, transfer.abort_reason
+            return Message(kind, transfer, span, transfer.block_table, mark, reason)
+    return None
+
+
+def _take(transfer: Outgoing, max_tokens: int) -> tuple[Kind, tuple[int, int]]:
+    start = transfer.num_taken
+    end = min(transfer.num_pushed, start + max_tokens)
+    if transfer.abort_reason is not None:
+        transfer.is_ending = True
+        return Kind.ABORT, (start, start)
+    if start == end:
+        transfer.is_ending = True
+        return Kind.END, (0, end)
+    transfer.num_taken = end
+    return Kind.DATA, (start, end)
+
+
+class BusyClock:
+    """Seconds that overlapping flights keep a link busy, each second counted once."""
+
+    def __init__(self) -> None:
+        self._counted_until = 0.0
+
+    def landed(self, flight: Flight) -> float:
+        """Seconds since the flight began that no earlier one was given."""
+        now = time.perf_counter()
+        seconds = now - max(flight.began, self._counted_until)
+        self._counted_until = now
+        return seconds

@@ -1,0 +1,162 @@
+"""Where payload waits between the KV cache and the wire, and the order of copies on a GPU.
+
+Two buffers for each end of a link: one is on the wire while the other is filled or emptied. On a
+GPU the copies run on a stream of the link's own, so that the engine's stream never waits for them:
+
+    engine's stream   ... write KV ─ mark ─ next step ...
+                                       └──▶ link's stream   gather ─ copy to the host ─┐
+    link's thread                                                    waits for that ◀──┘  send
+
+``mark`` is what keeps the wire from reading KV before it is written. The other way round no mark is
+needed: the engine is told of KV after the link's thread has waited for its scatter.
+
+No GPU has run this. The order is tested with streams that only take notes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from antiphon.workers.handoff.endpoint import KVStore
+from antiphon.workers.handoff.transport import Place
+
+_EMPTY = torch.empty(0, dtype=torch.uint8)
+
+
+class Streams(Protocol):
+    """Orders copies with the engine's work."""
+
+    def mark(self) -> Any:
+        """On the engine's thread: what it has queued so far, for ``copying``."""
+
+    def copying(self, after: Any) -> contextlib.AbstractContextManager[None]:
+        """Run what is inside after a mark, or after nothing if it is None; done on exit."""
+
+
+class NoStreams:
+    """On a CPU whatever returned is done."""
+
+    def mark(self) -> None:
+        """Nothing is queued."""
+
+    @contextlib.contextmanager
+    def copying(self, after: Any) -> Iterator[None]:
+        """Run what is inside."""
+        yield
+
+
+class CudaStreams:
+    """One stream for the copies of one end of a link.
+
+    Args:
+        device: Of the KV cache.
+        cuda: ``torch.cuda``, or what stands in for it in tests.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._device = device
+        self._cuda = cuda
+        self._stream: Any = None
+
+    def mark(self) -> Any:
+        """Record an event on the calling thread's stream."""
+        event = self._cuda.Event()
+        event.record(self._cuda.current_stream(self._device))
+        return event
+
+    @contextlib.contextmanager
+    def copying(self, after: Any) -> Iterator[None]:
+        """Queue what is inside on the link's stream, then wait for that stream alone."""
+        if self._stream is None:  # a link that is only prewarmed needs none
+            self._stream = self._cuda.Stream(self._device)
+        with self._cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            yield
+        self._stream.synchronize()
+
+
+def streams_for(device: torch.device) -> Streams:
+    """What orders copies on a device."""
+    return CudaStreams(device) if device.type == "cuda" else NoStreams()
+
+
+class Staging:
+    """The buffers of one end of a link, and the cache behind them; for the link's thread alone.
+
+    Args:
+        store: The cache.
+        place: Where the transport wants payload.
+        on_resized: Told by how many bytes the memory held here has changed.
+        streams: Of this end.
+    """
+
+    def __init__(
+        self,
+        store: KVStore,
+        place: Place,
+        on_resized: Callable[[int], None],
+        streams: Streams | None = None,
+    ) -> None:
+        self.num_bytes_per_token = store.num_bytes_per_token
+        self.device = store.device
+        self._store = store
+        self._streams = streams or streams_for(store.device)
+        self._is_pinned = store.device.type == "cuda" and place is Place.HOST
+        self._payload_device = store.device if place is Place.DEVICE else torch.device("cpu")
+        self._on_resized = on_resized
+        self._buffers = [_EMPTY, _EMPTY]
+        self._scratch = _EMPTY  # beside the cache, where payload is elsewhere
+        self._turn = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(buffer.numel() for buffer in (*self._buffers, self._scratch))
+
+    def next_payload(self, num_bytes: int) -> Tensor:
+        """The buffer that was not used last, as ``[num_bytes]`` uint8; grows on demand."""
+        self._turn = 1 - self._turn
+        if num_bytes > self._buffers[self._turn].numel():
+            self._on_resized(num_bytes - self._buffers[self._turn].numel())
+            self._buffers[self._turn] = torch.empty(
+                num_bytes,
+                dtype=torch.uint8,
+                device=self._payload_device,
+                pin_memory=self._is_pinned,
+            )
+        return self._buffers[self._turn][:num_bytes]
+
+    def gather(
+        self, block_table: Sequence[int], span: tuple[int, int], out: Tensor, after: Any
+    ) -> None:
+        """Copy KV of tokens ``span`` to a payload buffer, after a mark of the engine's."""
+        with self._streams.copying(after):
+            beside_cache = self._beside_cache(out)
+            self._store.gather(block_table, *span, beside_cache)
+            if beside_cache is not out:
+                out.copy_(beside_cache, non_blocking=True)
+
+    def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
+        """Copy a payload buffer to the cache; done on return."""
+        with self._streams.copying(None):
+            beside_cache = self._beside_cache(segment)
+            if beside_cache is not segment:
+                beside_cache.copy_(segment, non_blocking=True)
+            self._store.scatter(block_table, start, end, beside_cache)
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        self._on_resized(-self.num_bytes)
+        self._buffers, self._scratch = [_EMPTY, _EMPTY], _EMPTY
+
+    def _beside_cache(self, payload: Tensor) -> Tensor:
+        if payload.device.type == self.device.type:
+            return payload
+        if payload.numel() > self._scratch.numel():
+            self._on_resized(payload.numel() - self._scratch.numel())
+            self._scratch = torch.empty(payload.numel(), dtype=torch.uint8, device=self.device)
+        return self._scratch[: payload.numel()]
