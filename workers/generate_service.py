@@ -106,6 +106,8 @@ class GenerateService:
             if job is None:
                 continue  # aborted since
             by_session.setdefault(job.session, []).append(output)
+            if output.timing is not None:
+                self._metrics.decode_waited(output.timing.prefill_path, output.timing.wait)
             if output.finish_reason is not None:
                 self._end(output.request_id, output.finish_reason)
         for session, session_outputs in by_session.items():

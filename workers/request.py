@@ -102,10 +102,11 @@ class Request:
             tokens = self.tokens(have * block_size, num_blocks * block_size)
             self.block_hashes += hash_blocks(tokens, block_size, parent)
 
-    def timing(self, now: float) -> RequestTiming:
-        """Where the time to the first token went."""
+    def timing(self, step_began: float, now: float) -> RequestTiming:
+        """Where the time to the first token went, which a step gives now."""
         return RequestTiming(
             prompt=self.prompt_done_at - self.submitted_at,
             first_step=now - self.prompt_done_at,
             prefill_path=self.path.value,
+            wait=step_began - self.prompt_done_at,
         )

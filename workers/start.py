@@ -25,6 +25,7 @@ from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.handoff.wire import WireFormat
+from antiphon.workers.handoff_metrics import HandoffCollector
 from antiphon.workers.kv_cache import KVCache, KVLayout
 from antiphon.workers.memory_plan import num_kv_blocks
 from antiphon.workers.model_runner import ModelRunner
@@ -175,6 +176,7 @@ def _run_prefill(
 
     sender_limits = SenderLimits(max_links=handoff.max_links, piece_bytes=handoff.piece_bytes)
     sender = HandoffSender(endpoint, sender_limits, on_done)
+    worker.metrics.registry.register(HandoffCollector(worker.card.role, sender))
     service = PrefillService(engine, sender, limits)
     worker.run(engine, service, [sender.close])
 
@@ -197,6 +199,7 @@ def _run_generate(
         client.on_transfer_ended(transfer_id, num_tokens, error)
 
     receiver = HandoffReceiver(endpoint, receiver_limits, on_done)
+    worker.metrics.registry.register(HandoffCollector(worker.card.role, receiver))
     peers = Peers(worker.card.incarnation)
     client = PrefillClient(receiver, peers, handoff.stall_seconds)
     generate_limits = GenerateLimits(

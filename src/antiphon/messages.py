@@ -195,6 +195,7 @@ class RequestTiming(msgspec.Struct, frozen=True):
     prompt: float  # from submission to KV of the prompt being complete
     first_step: float  # from there to the first token
     prefill_path: str  # "local", "remote" or "fallback"
+    wait: float = 0.0  # of first_step, until the step began
 
 
 class RequestOutput(msgspec.Struct, frozen=True):

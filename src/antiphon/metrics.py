@@ -44,6 +44,13 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._decode_wait = Histogram(
+            "antiphon_decode_wait_seconds",
+            "From a prompt's KV being complete to the step that gives its first token.",
+            ["role", "path"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self._decode_step = Gauge(
             "antiphon_decode_step_seconds",
             "A worker's own measure of its decode steps, smoothed.",
@@ -54,6 +61,10 @@ class Metrics:
     def first_token(self, path: str, seconds: float) -> None:
         """Record a decode worker's own time to first token."""
         self._engine_ttft.labels(self._role, path).observe(seconds)
+
+    def decode_waited(self, path: str, seconds: float) -> None:
+        """Record how long a request with a complete prompt waited for its first decode step."""
+        self._decode_wait.labels(self._role, path).observe(seconds)
 
     def decode_step(self, worker: str, seconds: float) -> None:
         """Record what a worker says of its steps."""

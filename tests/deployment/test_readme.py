@@ -20,6 +20,8 @@ from antiphon.deployment.openai_api import ChatCompletionRequest, CompletionRequ
 from antiphon.metrics import Metrics
 from antiphon.workers.engine import EngineStats
 from antiphon.workers.engine_metrics import EngineCollector
+from antiphon.workers.handoff.counters import HandoffCounters
+from antiphon.workers.handoff_metrics import HandoffCollector
 
 with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.
@@ -119,9 +121,17 @@ def test_every_path_is_listed():
     assert listed == PATHS
 
 
+class NoHandoff:
+    num_links = 0
+
+    def counters(self) -> HandoffCounters:
+        return HandoffCounters()
+
+
 def test_every_metric_is_listed():
     metrics = Metrics("decode")
     metrics.registry.register(EngineCollector("decode", EngineStats()))
+    metrics.registry.register(HandoffCollector("decode", NoHandoff()))
     names = {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in metrics.registry.collect()
