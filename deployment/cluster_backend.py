@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -30,6 +30,7 @@ from antiphon.errors import (
 )
 from antiphon.messages import (
     PrefillPeer,
+    PrefillPool,
     RequestOutput,
     Role,
     SamplingParams,
@@ -117,6 +118,8 @@ class ClusterBackend:
             if incarnation not in self._kept:
                 self._kept.add(incarnation)
                 self._spawn(self._keep(card))
+        if role is Role.PREFILL:
+            self._announce_prefill_pool(tuple(self._connections.values()))
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
@@ -255,11 +258,20 @@ class ClusterBackend:
             )
             self._connections[card.incarnation] = connection
             logger.info("connected to %s worker %s", card.role, card.url)
+            self._announce_prefill_pool([connection])
             await lost.wait()
         finally:
             self._connections.pop(card.incarnation, None)
             self._view.leave(card.incarnation)
             self._metrics.forget_worker(card.replica_id)
+
+    def _announce_prefill_pool(self, connections: Iterable[WorkerConnection]) -> None:
+        """Let decode workers prewarm their links."""
+        cards = [card for card in self._listed.values() if card.role is Role.PREFILL]
+        pool = PrefillPool(tuple(PrefillPeer(card.url, card.incarnation) for card in cards))
+        for connection in connections:
+            if connection.card.role is Role.DECODE:
+                connection.announce(pool)
 
     def _apply(self, card: WorkerCard, telemetry: Telemetry) -> None:
         try:

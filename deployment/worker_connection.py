@@ -19,6 +19,7 @@ from antiphon.errors import (
 )
 from antiphon.messages import (
     Abort,
+    PrefillPool,
     RefusalKind,
     Refused,
     RequestOutput,
@@ -80,6 +81,10 @@ class WorkerConnection:
     def num_requests(self) -> int:
         """Requests in flight."""
         return len(self._queues)
+
+    def announce(self, pool: PrefillPool) -> None:
+        """Tell a decode worker which prefill workers there are."""
+        self._session.send(pool)
 
     async def generate(self, request: Submit) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs, joining what has piled up; closing it aborts the request.

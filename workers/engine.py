@@ -233,20 +233,17 @@ class Engine:
         }
         self._scheduler.complete(batch, token_ids, started)
         self._measure(batch, now - started)
-        self._report(batch, token_ids, first_tokens, (started, now))
+        self._report(batch, token_ids, first_tokens, now)
 
     def _is_abandoned(self, batch: Batch) -> bool:
         aborting = self._aborting
         return bool(aborting) and all(c.request.request_id in aborting for c in batch.chunks)
 
     def _report(
-        self,
-        batch: Batch,
-        token_ids: Sequence[int],
-        first_tokens: set[str],
-        step: tuple[float, float],  # when it began and ended
+        self, batch: Batch, token_ids: Sequence[int], first_tokens: set[str], now: float
     ) -> None:
         outputs = []
+        began_at = self._step_began_at or now
         sampled = iter(token_ids)
         for chunk in batch.chunks:
             request = chunk.request
@@ -258,7 +255,7 @@ class Engine:
                         token_ids=[next(sampled)],
                         finish_reason=request.finish_reason,
                         num_cached_tokens=request.num_cached_tokens,
-                        timing=request.timing(*step) if is_first else None,
+                        timing=request.timing(began_at, now) if is_first else None,
                     )
                 )
             elif request.is_prefill_only and request.num_remaining_tokens:

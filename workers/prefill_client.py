@@ -31,6 +31,7 @@ from antiphon.messages import (
     Prefill,
     PrefillDone,
     PrefillPeer,
+    Prewarm,
     RefusalKind,
     Refused,
     WorkerMessage,
@@ -143,6 +144,18 @@ class PrefillClient:
             raise _explained(error, deadline) from error
         finally:
             self.stop(wanted)
+
+    async def prewarm(self, peer: PrefillPeer) -> None:
+        """Open the session and the link that the first request would otherwise wait for.
+
+        Raises:
+            PrefillFailedError: The peer cannot be reached.
+            LinkBrokenError: The receiver is closed.
+        """
+        session = await self._connect(peer)
+        offer = self.receiver.prewarm(session.card.incarnation)
+        if offer is not None:
+            session.send(Prewarm(offer))
 
     def stop(self, wanted: Wanted) -> None:
         """Fence off the transfer of a request, if it has one, and tell the peer."""

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 from antiphon.errors import AntiphonError, CapacityError, LinkBrokenError, WorkerBusyError
-from antiphon.messages import Prefill, PrefillDone, RefusalKind, Refused
+from antiphon.messages import Prefill, PrefillDone, Prewarm, RefusalKind, Refused
 from antiphon.workers.engine import Engine
 from antiphon.workers.handoff.sender import HandoffSender
 from antiphon.workers.request import Request, RequestStatus
@@ -74,6 +74,13 @@ class PrefillService:
             self._engine.add(Request(message.transfer_id, message.prompt_token_ids, sampling=None))
         except WorkerBusyError as error:  # the engine's thread has filled the queue since
             self.on_refused(message.transfer_id, error)
+
+    def prewarm(self, message: Prewarm) -> None:
+        """Make a link that no transfer wants yet, in the background."""
+        try:
+            self._sender.prewarm(message.link)
+        except AntiphonError as error:
+            logger.info("link not prewarmed: %s", error)
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Stop computing and sending; blocks return when the sender lets go of them."""

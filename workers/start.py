@@ -21,6 +21,7 @@ from antiphon.workers.engine_metrics import EngineCollector
 from antiphon.workers.generate_service import GenerateLimits, GenerateService
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.gloo import GlooTransport
+from antiphon.workers.handoff.nccl import NcclTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 from antiphon.workers.handoff.transport import Transport
@@ -35,6 +36,7 @@ from antiphon.workers.peers import Peers
 from antiphon.workers.prefill_client import PrefillClient
 from antiphon.workers.prefill_ladder import LadderLimits
 from antiphon.workers.prefill_service import PrefillService
+from antiphon.workers.prewarm import LinkPrewarmer
 from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.scheduler import SchedulerConfig
 from antiphon.workers.session import SessionServer
@@ -76,8 +78,18 @@ async def start_worker(settings: WorkerSettings) -> Worker:
         ConfigError: Model or settings cannot be used; says what to change.
     """
     loaded = await asyncio.to_thread(load, settings)
-    transport = GlooTransport(settings.host)
-    return await run_worker(settings, loaded, transport)
+    return await run_worker(settings, loaded, make_transport(settings))
+
+
+def make_transport(settings: WorkerSettings) -> Transport:
+    """What the configuration says carries KV.
+
+    Raises:
+        ConfigError: It can't work here.
+    """
+    if settings.handoff.transport == "nccl":
+        return NcclTransport(settings.host)
+    return GlooTransport(settings.host)
 
 
 def load(settings: WorkerSettings) -> Loaded:
@@ -208,7 +220,8 @@ def _run_generate(
         max_fallback_tokens=handoff.max_fallback_tokens,
     )
     service = GenerateService(engine, client, worker.metrics, generate_limits)
-    worker.run(engine, service, [peers.close, receiver.close])
+    worker.prewarmer = prewarmer = LinkPrewarmer(client, worker.metrics)
+    worker.run(engine, service, [prewarmer.close, peers.close, receiver.close])
 
 
 def _card(settings: WorkerSettings, loaded: Loaded, port: int) -> WorkerCard:

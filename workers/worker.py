@@ -17,6 +17,8 @@ from antiphon.messages import (
     ClientMessage,
     Load,
     Prefill,
+    PrefillPool,
+    Prewarm,
     RefusalKind,
     Refused,
     RequestOutput,
@@ -27,6 +29,7 @@ from antiphon.metrics import Metrics
 from antiphon.workers.engine import Engine
 from antiphon.workers.generate_service import GenerateService
 from antiphon.workers.prefill_service import PrefillService
+from antiphon.workers.prewarm import LinkPrewarmer
 from antiphon.workers.request import Request
 from antiphon.workers.scheduler import Scheduler
 from antiphon.workers.session import Session, SessionServer
@@ -50,6 +53,7 @@ class Worker:
         self.engine: Engine
         self.generate: GenerateService | None = None
         self.prefill: PrefillService | None = None
+        self.prewarmer: LinkPrewarmer | None = None
         self._closers: Sequence[Callable[[], Awaitable[None] | None]] = ()
         self._is_draining = False
 
@@ -153,6 +157,10 @@ class Worker:
                 self.generate.start(session, message)
             case Prefill() if self.prefill is not None:
                 self.prefill.start(session, message)
+            case PrefillPool() if self.prewarmer is not None:
+                self.prewarmer.update(message.peers)
+            case Prewarm() if self.prefill is not None and not self._is_draining:
+                self.prefill.prewarm(message)
             case Submit() | Prefill():
                 kind = type(message).__name__
                 reason = f"a {self.card.role} worker does not take {kind}"
@@ -160,7 +168,7 @@ class Worker:
             case Abort() if message.request_id in session.request_ids:
                 self._abort(message.request_id)
             case _:
-                pass  # an abort that crossed the request's end
+                pass  # an abort that crossed the request's end; no links to prewarm here
 
     def on_closed(self, session: Session) -> None:
         """The client is gone: stop all that it asked for."""

@@ -107,7 +107,10 @@ class PoolConfig(_Section):
 class HandoffConfig(_Section):
     """How KV crosses from prefill to decode workers."""
 
-    transport: Literal["gloo"] = Field("gloo", description="What carries KV segments.")
+    transport: Literal["gloo", "nccl"] = Field(
+        "gloo",
+        description="What carries KV: gloo through host memory, nccl between GPUs. Both pools alike.",
+    )
     wire_dtype: KVDtype = Field(
         "auto",
         description="Of K and V between the pools, whatever their caches hold; auto: the model's.",

@@ -9,6 +9,7 @@ the worker aborts them and frees their blocks.
     Hello            ->                      (refuses another protocol version by closing)
                      <-                      Welcome(card)
                      <-                      Telemetry(snapshot), then deltas without a gap
+    PrefillPool | Prewarm ->                 (no answer)
     Submit | Prefill ->
                      <-                      StepOutput* with a final finish_reason, or Refused
                                              (Prefill: PrefillDone or Refused)
@@ -151,13 +152,25 @@ class Prefill(_Message, frozen=True):
     link: LinkOffer
 
 
+class PrefillPool(_Message, frozen=True):
+    """The prefill workers that a decode worker may be told to ask; replaces the last one."""
+
+    peers: tuple[PrefillPeer, ...]  # newest last
+
+
+class Prewarm(_Message, frozen=True):
+    """Make a link now; prefills over it will follow, or not."""
+
+    link: LinkOffer
+
+
 class Abort(_Message, frozen=True):
     """Stop a request; aborting an unknown or finished one is harmless."""
 
     request_id: str
 
 
-ClientMessage = Hello | Submit | Prefill | Abort
+ClientMessage = Hello | PrefillPool | Submit | Prewarm | Prefill | Abort
 
 
 # worker -> client

@@ -44,6 +44,11 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._prewarm_failures = self._counter(
+            "antiphon_handoff_prewarm_failures",
+            "Links that could not be made before a request wanted them.",
+            "reason",
+        )
         self._decode_wait = Histogram(
             "antiphon_decode_wait_seconds",
             "From a prompt's KV being complete to the step that gives its first token.",
@@ -61,6 +66,10 @@ class Metrics:
     def first_token(self, path: str, seconds: float) -> None:
         """Record a decode worker's own time to first token."""
         self._engine_ttft.labels(self._role, path).observe(seconds)
+
+    def prewarm_failed(self, reason: str) -> None:
+        """Count a link that could not be made before a request wanted it."""
+        self._prewarm_failures.labels(self._role, reason).inc()
 
     def decode_waited(self, path: str, seconds: float) -> None:
         """Record how long a request with a complete prompt waited for its first decode step."""

@@ -136,7 +136,7 @@ class GlooTransport:
         """See ``Transport.address``; the first use starts to listen."""
         return f"{self._host}:{self._store().port}"
 
-    def accept(self, link_id: str, timeout_seconds: float) -> GlooLink:
+    def accept(self, link_id: str, timeout_seconds: float) -> Link:
         """See ``Transport.accept``."""
         # A client of its own: a TCPStore client serves one waiting thread at a time.
         store = self._client(self._host, self._store().port, timeout_seconds)
@@ -153,7 +153,7 @@ class GlooTransport:
             raise LinkBrokenError("the link was refused at this end")
         return self._join(store, link_id, 0, timeout_seconds)
 
-    def connect(self, address: str, link_id: str, timeout_seconds: float) -> GlooLink:
+    def connect(self, address: str, link_id: str, timeout_seconds: float) -> Link:
         """See ``Transport.connect``."""
         host, _, port = address.rpartition(":")
         _probe(host, int(port), timeout_seconds)
@@ -220,7 +220,11 @@ class GlooTransport:
         except RuntimeError as error:
             raise LinkBrokenError(f"the rendezvous failed: {_first_line(error)}") from error
 
-    def _join(self, store: Any, link_id: str, rank: int, timeout_seconds: float) -> GlooLink:
+    def _join(self, store: Any, link_id: str, rank: int, timeout_seconds: float) -> Link:
+        """Make one end of a link, once both ends have found each other."""
+        return self._join_gloo(store, link_id, rank, timeout_seconds)
+
+    def _join_gloo(self, store: Any, link_id: str, rank: int, timeout_seconds: float) -> GlooLink:
         options = _c10d.ProcessGroupGloo._Options()
         options._devices = [
             _c10d.ProcessGroupGloo.create_device(hostname=self._host, lazy_init=False)

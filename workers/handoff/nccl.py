@@ -1,0 +1,187 @@
+"""Links over NCCL: headers and small messages on gloo, KV on a private communicator of two GPUs.
+
+A link is a gloo link with a ``ProcessGroupNCCL`` of the same two ranks beside it. Tensors on the CPU
+take the first, tensors on the GPU the second. A receive of KV is posted only after its header has
+come over gloo, so no kernel spins on an idle link.
+
+* NCCL takes 50 to 100 MB for each pair and kernel blocks for each transfer: channels are capped by
+  ``max_ctas``, and the bound on links is what bounds the memory.
+* A kernel that waits for a dead peer ends with ``abort`` alone. Time-outs are kept here, not by
+  torch's watchdog, which would end the whole process: a link dies alone.
+* ``wait`` of an NCCL work orders streams and returns at once, so the end is polled.
+
+No GPU has run this. What surrounds NCCL is tested with a stand-in for its process group.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from antiphon.errors import ConfigError, LinkBrokenError
+from antiphon.workers.handoff.gloo import GlooLink, GlooTransport
+from antiphon.workers.handoff.transport import Link, Pending, Place
+
+_c10d: Any = torch.distributed  # its stubs lack what is used here
+_MAX_CTAS = 4  # blocks of a transfer's kernel: multiprocessors that the engine goes without
+_FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 20e-6, 1e-3
+_NEVER = timedelta(days=365)  # for torch's watchdog
+
+MakeGroup = Callable[[Any, int, float], Any]
+
+
+def check_nccl() -> None:
+    """Refuse the transport where it can't work.
+
+    Raises:
+        ConfigError: No GPU is visible, or torch was built without NCCL.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("handoff.transport: got 'nccl', but this worker sees no GPU; use 'gloo'")
+    if not torch.distributed.is_nccl_available():
+        raise ConfigError("handoff.transport: got 'nccl', but this torch has no NCCL; use 'gloo'")
+
+
+def make_nccl_group(store: Any, rank: int, timeout_seconds: float) -> Any:
+    """A connected communicator of two ranks; both ends call it at the same time."""
+    # Read by the group when it is made. The defaults end the process on a time-out or a stuck abort.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    options = _c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = _NEVER
+    options.config.min_ctas, options.config.max_ctas = 1, _MAX_CTAS
+    group = _c10d.ProcessGroupNCCL(store, rank, 2, options)
+    group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+    return group
+
+
+class NcclLink(Link):
+    """One end of a link.
+
+    Args:
+        control: Carries what lies on the CPU.
+        group: Carries what lies on the GPU.
+        peer_rank: Of the other end.
+    """
+
+    def __init__(self, control: GlooLink, group: Any, peer_rank: int) -> None:
+        self._control = control
+        self._group: Any | None = group
+        self._peer_rank = peer_rank
+        self._lock = threading.Lock()
+
+    def start_send(self, tensors: Sequence[Tensor]) -> "NcclPending":
+        """See ``Link.start_send``."""
+        flights: list[Pending] = []
+        for tensor in tensors:
+            if _is_control(tensor):
+                flights.append(self._control.start_send([tensor]))
+            else:
+                flights.append(self._post("send", tensor))
+        return NcclPending(flights)
+
+    def start_recv(self, tensor: Tensor) -> Pending:
+        """See ``Link.start_recv``."""
+        if _is_control(tensor):
+            return self._control.start_recv(tensor)
+        return self._post("recv", tensor)
+
+    def close(self) -> None:
+        """See ``Link.close``."""
+        with self._lock:
+            group, self._group = self._group, None
+        self._control.close()
+        if group is not None:
+            with contextlib.suppress(RuntimeError):  # it may have failed already
+                group.abort()
+
+    def _post(self, operation: str, tensor: Tensor) -> "NcclWork":
+        group = self._group
+        if group is None:
+            raise LinkBrokenError("the link was closed at this end")
+        try:
+            return NcclWork(self, getattr(group, operation)([tensor], self._peer_rank, 0))
+        except RuntimeError as error:
+            self.close()
+            raise LinkBrokenError(f"the link broke: {error}") from error
+
+
+class NcclPending:
+    """Everything of one send."""
+
+    def __init__(self, flights: Sequence[Pending]) -> None:
+        self._flights = flights
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """See ``Pending.wait``."""
+        for flight in self._flights:
+            flight.wait(timeout_seconds)
+
+
+class NcclWork:
+    """A send or receive on the GPU."""
+
+    def __init__(self, link: NcclLink, work: Any) -> None:
+        self._link = link
+        self._work = work
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """See ``Pending.wait``."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        pause = _FIRST_POLL_SECONDS
+        try:
+            while not self._work.is_completed():
+                if deadline is not None and time.monotonic() > deadline:
+                    self._link.close()
+                    raise LinkBrokenError(f"the peer did not act in {timeout_seconds} s")
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_POLL_SECONDS)
+            failure = self._work.exception()
+        except RuntimeError as error:
+            failure = error
+        if failure is not None:
+            self._link.close()
+            raise LinkBrokenError(f"the link broke: {failure}")
+
+
+class NcclTransport(GlooTransport):
+    """Makes NCCL links.
+
+    Args:
+        host: See ``GlooTransport``.
+        make_group: Makes the communicator; a stand-in in tests.
+
+    Raises:
+        ConfigError: From ``check_nccl``.
+    """
+
+    name = "nccl"
+    place = Place.DEVICE
+
+    def __init__(self, host: str, make_group: MakeGroup | None = None) -> None:
+        if make_group is None:
+            check_nccl()
+        self._make_group = make_group or make_nccl_group
+        super().__init__(host)
+
+    def _join(self, store: Any, link_id: str, rank: int, timeout_seconds: float) -> Link:
+        control = self._join_gloo(store, link_id, rank, timeout_seconds)
+        try:
+            group = self._make_group(
+                _c10d.PrefixStore(f"{link_id}/nccl", store), rank, timeout_seconds
+            )
+        except RuntimeError as error:
+            control.close()
+            raise LinkBrokenError(f"NCCL set-up failed: {error}") from error
+        return NcclLink(control, group, 1 - rank)
+
+
+def _is_control(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
