@@ -248,7 +248,7 @@ def first_contact_seconds(other: Other, fixed: float, count: int = 9) -> float:
 
 
 def pieces(other: Other, num_tokens: int, pause: float, count: int = 5) -> dict[str, float]:
-    """Exposed seconds of a prompt computed in chunks of 128 tokens: sent by chunk, and in one piece.
+    """Exposed seconds of a prompt that is computed in chunks of 128 tokens.
 
     Args:
         other: The sending process.

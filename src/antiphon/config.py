@@ -109,7 +109,7 @@ class HandoffConfig(_Section):
 
     transport: Literal["gloo", "nccl"] = Field(
         "gloo",
-        description="What carries KV: gloo through host memory, nccl between GPUs. Both pools alike.",
+        description="What carries KV: gloo through host memory, nccl between GPUs.",
     )
     wire_dtype: KVDtype = Field(
         "auto",

@@ -1,14 +1,15 @@
 """Links over NCCL: headers and small messages on gloo, KV on a private communicator of two GPUs.
 
-A link is a gloo link with a ``ProcessGroupNCCL`` of the same two ranks beside it. Tensors on the CPU
-take the first, tensors on the GPU the second. A receive of KV is posted only after its header has
-come over gloo, so no kernel spins on an idle link.
+A link is a gloo link with a ``ProcessGroupNCCL`` of the same two ranks beside it. Tensors on the
+CPU take the first, tensors on the GPU the second. A receive of KV is posted only after its header
+has come over gloo, so no kernel spins on an idle link.
 
 * NCCL takes 50 to 100 MB for each pair and kernel blocks for each transfer: channels are capped by
   ``max_ctas``, and the bound on links is what bounds the memory.
 * A kernel that waits for a dead peer ends with ``abort`` alone. Time-outs are kept here, not by
   torch's watchdog, which would end the whole process: a link dies alone.
 * ``wait`` of an NCCL work orders streams and returns at once, so the end is polled.
+* A work waits for the stream it is posted from, so each link has one: never for the engine's.
 
 No GPU has run this. What surrounds NCCL is tested with a stand-in for its process group.
 """
@@ -18,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -34,8 +36,6 @@ _MAX_CTAS = 4  # blocks of a transfer's kernel: multiprocessors that the engine 
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 20e-6, 1e-3
 _NEVER = timedelta(days=365)  # for torch's watchdog
 
-MakeGroup = Callable[[Any, int, float], Any]
-
 
 def check_nccl() -> None:
     """Refuse the transport where it can't work.
@@ -49,9 +49,9 @@ def check_nccl() -> None:
         raise ConfigError("handoff.transport: got 'nccl', but this torch has no NCCL; use 'gloo'")
 
 
-def make_nccl_group(store: Any, rank: int, timeout_seconds: float) -> Any:
+def make_nccl_group(store: Any, rank: int) -> Any:
     """A connected communicator of two ranks; both ends call it at the same time."""
-    # Read by the group when it is made. The defaults end the process on a time-out or a stuck abort.
+    # Read by the group when it is made. The defaults end the process on a time-out.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     options = _c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
@@ -62,6 +62,28 @@ def make_nccl_group(store: Any, rank: int, timeout_seconds: float) -> Any:
     return group
 
 
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor goes over gloo."""
+    return tensor.device.type == "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class NcclParts:
+    """What tests replace where there is no GPU.
+
+    Attributes:
+        make_group: Makes the communicator from a store and a rank.
+        is_control: Whether a tensor goes over gloo.
+        make_stream: Makes what a link's works are posted from, for ``on_stream``.
+        on_stream: Enters it.
+    """
+
+    make_group: Callable[[Any, int], Any] = make_nccl_group
+    is_control: Callable[[Tensor], bool] = is_on_cpu
+    make_stream: Callable[[], Any] = torch.cuda.Stream
+    on_stream: Callable[[Any], contextlib.AbstractContextManager[Any]] = torch.cuda.stream
+
+
 class NcclLink(Link):
     """One end of a link.
 
@@ -69,19 +91,22 @@ class NcclLink(Link):
         control: Carries what lies on the CPU.
         group: Carries what lies on the GPU.
         peer_rank: Of the other end.
+        parts: How.
     """
 
-    def __init__(self, control: GlooLink, group: Any, peer_rank: int) -> None:
+    def __init__(self, control: GlooLink, group: Any, peer_rank: int, parts: NcclParts) -> None:
         self._control = control
         self._group: Any | None = group
         self._peer_rank = peer_rank
+        self._parts = parts
+        self._stream = parts.make_stream()
         self._lock = threading.Lock()
 
     def start_send(self, tensors: Sequence[Tensor]) -> "NcclPending":
         """See ``Link.start_send``."""
         flights: list[Pending] = []
         for tensor in tensors:
-            if _is_control(tensor):
+            if self._parts.is_control(tensor):
                 flights.append(self._control.start_send([tensor]))
             else:
                 flights.append(self._post("send", tensor))
@@ -89,7 +114,7 @@ class NcclLink(Link):
 
     def start_recv(self, tensor: Tensor) -> Pending:
         """See ``Link.start_recv``."""
-        if _is_control(tensor):
+        if self._parts.is_control(tensor):
             return self._control.start_recv(tensor)
         return self._post("recv", tensor)
 
@@ -102,12 +127,18 @@ class NcclLink(Link):
             with contextlib.suppress(RuntimeError):  # it may have failed already
                 group.abort()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether this end has broken the link."""
+        return self._group is None
+
     def _post(self, operation: str, tensor: Tensor) -> "NcclWork":
         group = self._group
         if group is None:
             raise LinkBrokenError("the link was closed at this end")
         try:
-            return NcclWork(self, getattr(group, operation)([tensor], self._peer_rank, 0))
+            with self._parts.on_stream(self._stream):
+                return NcclWork(self, getattr(group, operation)([tensor], self._peer_rank, 0))
         except RuntimeError as error:
             self.close()
             raise LinkBrokenError(f"the link broke: {error}") from error
@@ -138,6 +169,8 @@ class NcclWork:
         pause = _FIRST_POLL_SECONDS
         try:
             while not self._work.is_completed():
+                if self._link.is_closed:
+                    raise LinkBrokenError("the link was closed at this end")
                 if deadline is not None and time.monotonic() > deadline:
                     self._link.close()
                     raise LinkBrokenError(f"the peer did not act in {timeout_seconds} s")
@@ -156,7 +189,7 @@ class NcclTransport(GlooTransport):
 
     Args:
         host: See ``GlooTransport``.
-        make_group: Makes the communicator; a stand-in in tests.
+        parts: Stand-ins, in tests.
 
     Raises:
         ConfigError: From ``check_nccl``.
@@ -165,23 +198,17 @@ class NcclTransport(GlooTransport):
     name = "nccl"
     place = Place.DEVICE
 
-    def __init__(self, host: str, make_group: MakeGroup | None = None) -> None:
-        if make_group is None:
+    def __init__(self, host: str, parts: NcclParts | None = None) -> None:
+        if parts is None:
             check_nccl()
-        self._make_group = make_group or make_nccl_group
+        self._parts = parts or NcclParts()
         super().__init__(host)
 
     def _join(self, store: Any, link_id: str, rank: int, timeout_seconds: float) -> Link:
         control = self._join_gloo(store, link_id, rank, timeout_seconds)
         try:
-            group = self._make_group(
-                _c10d.PrefixStore(f"{link_id}/nccl", store), rank, timeout_seconds
-            )
+            group = self._parts.make_group(_c10d.PrefixStore(f"{link_id}/nccl", store), rank)
         except RuntimeError as error:
             control.close()
             raise LinkBrokenError(f"NCCL set-up failed: {error}") from error
-        return NcclLink(control, group, 1 - rank)
-
-
-def _is_control(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+        return NcclLink(control, group, 1 - rank, self._parts)

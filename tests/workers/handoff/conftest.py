@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from handoff_pair import Pair, handoff_threads, wait_until
+from nccl_stand_in import stand_in_transport
 
 from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.memory import FaultPlan, MemoryNetwork, MemoryTransport
@@ -23,7 +24,12 @@ def _gloo() -> TwoTransports:
     return GlooTransport("127.0.0.1"), GlooTransport("127.0.0.1")
 
 
-@pytest.fixture(params=[_gloo, _memory], ids=["gloo", "memory"])
+def _nccl() -> TwoTransports:
+    """The code of the NCCL link; what needs a GPU of each end is in test_nccl.py."""
+    return stand_in_transport("127.0.0.1"), stand_in_transport("127.0.0.1")
+
+
+@pytest.fixture(params=[_gloo, _memory, _nccl], ids=["gloo", "memory", "nccl-stand-in"])
 def transports(request: pytest.FixtureRequest) -> Iterator[TwoTransports]:
     """(connecting, accepting)."""
     both = request.param()

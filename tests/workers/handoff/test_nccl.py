@@ -1,0 +1,85 @@
+"""NCCL: refused by name where it can't work; payload between two GPUs where there are some."""
+
+import threading
+
+import pytest
+import torch
+
+from antiphon.config import HandoffConfig
+from antiphon.errors import ConfigError, LinkBrokenError
+from antiphon.workers.handoff.nccl import NcclTransport
+from antiphon.workers.handoff.segment import device_checksum
+from antiphon.workers.handoff.transport import Link, Place
+
+needs_gpus = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="NCCL joins two GPUs, and this machine has fewer"
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused_by_name():
+    assert HandoffConfig(transport="nccl").transport == "nccl"
+    with pytest.raises(ConfigError, match=r"handoff\.transport: got 'nccl', but this worker sees"):
+        NcclTransport("127.0.0.1")
+
+
+def _join_on_gpus() -> tuple[Link, Link]:
+    """(connecting end on GPU 0, accepting end on GPU 1)."""
+    connecting, accepting = NcclTransport("127.0.0.1"), NcclTransport("127.0.0.1")
+    accepted: list[Link] = []
+
+    def accept() -> None:
+        torch.cuda.set_device(1)
+        accepted.append(accepting.accept("link", 30))
+
+    thread = threading.Thread(target=accept)
+    thread.start()
+    torch.cuda.set_device(0)
+    connected = connecting.connect(accepting.address, "link", 30)
+    thread.join(60)
+    return connected, accepted[0]
+
+
+@needs_gpus
+def test_payload_crosses_between_gpus_and_headers_beside_it():
+    sender, receiver = _join_on_gpus()
+    header = torch.arange(128, dtype=torch.uint8)
+    payload = torch.arange(1 << 20, device="cuda:0").to(torch.uint8)
+    sending = sender.start_send([header, payload])
+    got_header = torch.empty(128, dtype=torch.uint8)
+    got_payload = torch.empty(1 << 20, dtype=torch.uint8, device="cuda:1")
+    receiver.recv(got_header, 10)
+    receiver.recv(got_payload, 10)
+    sending.wait(10)
+    assert torch.equal(got_header, header)
+    assert torch.equal(got_payload.cpu(), payload.cpu())
+    assert device_checksum(got_payload) == device_checksum(payload.cpu())
+    sender.close()
+    receiver.close()
+
+
+@needs_gpus
+def test_a_receive_whose_peer_is_gone_ends():
+    sender, receiver = _join_on_gpus()
+    pending = receiver.start_recv(torch.empty(1 << 20, dtype=torch.uint8, device="cuda:1"))
+    with pytest.raises(LinkBrokenError):
+        pending.wait(0.2)
+    with pytest.raises(LinkBrokenError):
+        sender.send([torch.zeros(1, dtype=torch.uint8)] * 9, 5)
+
+
+def test_its_payload_is_staged_beside_the_cache():
+    assert NcclTransport.place is Place.DEVICE
+
+
+def test_a_flipped_bit_or_a_moved_word_changes_the_checksum_of_a_gpu():
+    generator = torch.Generator().manual_seed(0)
+    payload = torch.randint(0, 256, (4099,), dtype=torch.uint8, generator=generator)
+    expected = device_checksum(payload)
+    for bit in range(0, 8 * payload.numel(), 61):
+        payload[bit // 8] ^= 1 << bit % 8
+        assert device_checksum(payload) != expected
+        payload[bit // 8] ^= 1 << bit % 8
+    swapped = torch.cat([payload[8:16], payload[:8], payload[16:]])
+    assert device_checksum(swapped) != expected
+    assert device_checksum(payload) == expected
