@@ -1,4 +1,4 @@
-"""The hand-off: bandwidth beside bare gloo, fixed cost, first contact, what a first token waits for.
+"""The hand-off: bandwidth beside bare gloo, fixed cost, first contact, exposed transfer.
 
     python benchmarks/handoff.py [--json] [--pairs N] [--without-model]
 

@@ -153,7 +153,7 @@ class Pair:
         self._completed: queue.Queue[tuple[float, Any]] = queue.Queue()
         self._receiver = HandoffReceiver(
             Endpoint(GlooTransport(HOST), other.cache, f"decode-{self.name}", WIRE),
-            ReceiverLimits(),
+            ReceiverLimits(segment_bytes=segment_bytes),
             lambda _, __, error: self._completed.put((time.monotonic(), error)),
         )
 

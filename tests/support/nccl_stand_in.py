@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from antiphon.workers.handoff.nccl import NcclParts, NcclTransport
-
-MAX_CONTROL_BYTES = 128  # larger tensors stand for those on a GPU
+from antiphon.workers.handoff.segment import HEADER_BYTES
 
 
 class Work:
@@ -64,7 +63,9 @@ def stand_in_transport(host: str) -> NcclTransport:
         host,
         NcclParts(
             make_group=Group,
-            is_control=lambda tensor: tensor.numel() <= MAX_CONTROL_BYTES,
+            is_control=lambda tensor: (
+                tensor.numel() >= HEADER_BYTES
+            ),  # others stand for those on a GPU
             make_stream=lambda: None,
             on_stream=lambda stream: contextlib.nullcontext(),
         ),

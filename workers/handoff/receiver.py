@@ -34,9 +34,10 @@ class ReceiverLimits:
     """Bounds of a ``HandoffReceiver``."""
 
     timeout_seconds: float = 60.0  # from expect to END
-    io_timeout_seconds: float = 10.0  # for the handshake, and for a payload to follow its header
+    io_timeout_seconds: float = 10.0  # for the handshake; for a payload beside its header
     max_pending: int = 32
     max_links: int = 64
+    segment_bytes: int = 8 << 20  # the largest payload; a link stages two
 
 
 class HandoffReceiver:
@@ -90,6 +91,7 @@ class HandoffReceiver:
             link_id=link.link_id,
             receiver_incarnation=self._endpoint.incarnation,
             wire_fingerprint=self._endpoint.wire.fingerprint,
+            segment_bytes=self._limits.segment_bytes,
         )
 
     def expect(

@@ -1,22 +1,17 @@
 """One link of a receiver, and the thread that reads it.
 
-The thread always has the receive for the next header posted, without a time-out: that costs
+The thread always has the receives for the next two messages posted, without a time-out: that costs
 nothing while the link is idle, and shows a dead peer at once. A peer that hangs is found by the
-transfers' time-out. Whatever a header announces is read before it is judged, so that the link stays
-in step; only a header that can't be trusted breaks the link.
-
-If the next header is here when a payload is complete, the next payload's receive is posted, into
-the other staging buffer, before the first is written to its blocks: the wire is not idle meanwhile.
-
-    header k ─▶ post payload k and header k+1 ─▶ write k-1 to its blocks ─▶ payload k is here ─▶ ...
+transfers' time-out. While one segment is checked and written to its blocks, the next one arrives in
+the other buffer. Whatever comes is read before it is judged, so that the link stays in step; only a
+header that can't be trusted breaks the link.
 """
 
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from antiphon.errors import HandoffError, LinkBrokenError, SegmentRejectedError
@@ -24,19 +19,11 @@ from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.handshake import answer
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.segment import HEADER_BYTES, Epochs, Header, Kind, as_bytes
-from antiphon.workers.handoff.staging import Staging
-from antiphon.workers.handoff.transport import Link, Pending
+from antiphon.workers.handoff.staging import Frame, Staging
+from antiphon.workers.handoff.transport import Link
 
 if TYPE_CHECKING:
     from antiphon.workers.handoff.receiver import HandoffReceiver
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    header: Header
-    payload: Tensor
-    pending: Pending | None  # None: there is no payload to wait for
-    began: float
 
 
 class ReceiverLink:
@@ -123,31 +110,27 @@ class ReceiverLink:
 
     def _read(self, link: Link) -> None:
         """Receive and deliver messages until the link breaks."""
-        raw = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        next_header = link.start_recv(raw)
-        undelivered: _Message | None = None
+        num_bytes = max(self._receiver.limits.segment_bytes, self._staging.num_bytes_per_token)
+        frames = deque(self._staging.next_frame(num_bytes) for _ in range(2))
+        pending = deque(link.start_recv(frame.message) for frame in frames)
         while True:
-            try:
-                next_header.wait(timeout_seconds=None)
-                message = self._start_payload(link, Header.unpack(as_bytes(raw)))
-                next_header = link.start_recv(raw.zero_())
-            finally:
-                if undelivered is not None:
-                    self._deliver(undelivered)
-            if message.pending is not None:
-                message.pending.wait(self._receiver.limits.io_timeout_seconds)
-            undelivered = message if Header.is_whole(as_bytes(raw)) else None
-            if undelivered is None:
-                self._deliver(message)
+            pending.popleft().wait(timeout_seconds=None)
+            self._take(link, frames[0])
+            pending.append(link.start_recv(frames[0].message))
+            frames.rotate()
 
-    def _start_payload(self, link: Link, header: Header) -> _Message:
+    def _take(self, link: Link, frame: Frame) -> None:
+        """Deliver a message, with the payload that may come beside it."""
         began = time.perf_counter()
+        header = Header.unpack(as_bytes(frame.message[:HEADER_BYTES]))
         num_bytes = header.num_payload_bytes
-        if header.kind is Kind.DATA:
-            payload = self._staging.next_payload(num_bytes)
-        else:
-            payload = torch.empty(num_bytes, dtype=torch.uint8)
-        return _Message(header, payload, link.start_recv(payload) if num_bytes else None, began)
+        is_kv = header.kind is Kind.DATA
+        if num_bytes > (frame.capacity if is_kv else frame.text_capacity):
+            raise SegmentRejectedError(f"segment header: {num_bytes} payload bytes do not fit here")
+        payload = frame.payload(num_bytes) if is_kv else frame.text(num_bytes)
+        if is_kv and frame.is_split:
+            link.recv(payload, self._receiver.limits.io_timeout_seconds)
+        self._deliver(header, payload, began)
 
     def _reason_to_discard(self, header: Header, transfer: Incoming | None) -> str | None:
         """Why a message says nothing about any transfer of this link."""
@@ -159,9 +142,8 @@ class ReceiverLink:
             return "wrong_link"
         return None
 
-    def _deliver(self, message: _Message) -> None:
+    def _deliver(self, header: Header, payload: Tensor, began: float) -> None:
         """Judge a message that has arrived, and let it have its effect."""
-        header, payload = message.header, message.payload
         transfer = self._receiver.find(header.transfer_id.hex())
         reason = self._reason_to_discard(header, transfer)
         if transfer is None or reason is not None:
@@ -169,7 +151,7 @@ class ReceiverLink:
             return
         try:
             if header.kind is Kind.DATA:
-                self._write(message, transfer)
+                self._write(header, payload, transfer, began)
             elif header.kind is Kind.END:
                 transfer.check_end(header)
                 self._receiver.complete(transfer, header.age_microseconds / 1e6)
@@ -182,10 +164,9 @@ class ReceiverLink:
             self._receiver.tally.discarded(str(error).partition(":")[0])
             self._receiver.end(transfer, error)
 
-    def _write(self, message: _Message, transfer: Incoming) -> None:
-        payload = message.payload
+    def _write(self, header: Header, payload: Tensor, transfer: Incoming, began: float) -> None:
         try:
-            discarded = transfer.take(message.header, payload, self._staging)
+            discarded = transfer.take(header, payload, self._staging)
         except SegmentRejectedError:
             raise
         except Exception as error:
@@ -193,7 +174,7 @@ class ReceiverLink:
             self._receiver.end(transfer, failed)
             return
         if discarded is None:
-            seconds = time.perf_counter() - message.began
+            seconds = time.perf_counter() - began
             self._receiver.tally.segment(payload.numel(), seconds)
         else:
             self._receiver.tally.discarded(discarded)

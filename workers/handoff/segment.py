@@ -30,7 +30,7 @@ from torch import Tensor
 from antiphon.errors import SegmentRejectedError
 
 HEADER_BYTES = 128
-MAX_PAYLOAD_BYTES = 64 << 20  # what a receiver is ready to stage per link
+MAX_PAYLOAD_BYTES = 64 << 20  # the most that a segment may be configured to have
 NO_TRANSFER = bytes(16)
 
 _MAGIC = b"AKVS"
@@ -94,12 +94,6 @@ class Header:
         )
         return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
 
-    @staticmethod
-    def is_whole(raw: bytes) -> bool:
-        """Whether these bytes have their own checksum at the end."""
-        checksum_of_body = xxhash.xxh3_64_intdigest(raw[: _BODY.size])
-        return bool(_CHECKSUM.unpack_from(raw, _BODY.size)[0] == checksum_of_body)
-
     @classmethod
     def unpack(cls, raw: bytes) -> "Header":
         """Parse and check a header.
@@ -107,7 +101,7 @@ class Header:
         Raises:
             SegmentRejectedError: Names the field that is wrong.
         """
-        if not cls.is_whole(raw):
+        if _CHECKSUM.unpack_from(raw, _BODY.size)[0] != xxhash.xxh3_64_intdigest(raw[: _BODY.size]):
             raise SegmentRejectedError("segment header: wrong header checksum")
         magic, version, kind, transfer_id, sender, receiver, *numbers = _BODY.unpack_from(raw)
         start, end, num_payload_bytes, payload_checksum, age = numbers

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from antiphon.errors import HandoffError, LinkBrokenError
@@ -60,8 +61,9 @@ class SenderLink:
         self._endpoint = endpoint
         self._timeout_seconds = limits.timeout_seconds
         bytes_per_token = endpoint.store.num_bytes_per_token
-        self._max_tokens = max(1, limits.segment_bytes // bytes_per_token)
-        self._min_tokens = max(1, min(limits.piece_bytes // bytes_per_token, self._max_tokens))
+        segment_bytes = min(limits.segment_bytes, offer.segment_bytes)
+        self._max_tokens = max(1, segment_bytes // bytes_per_token)
+        self._min_tokens = max(1, limits.piece_bytes // bytes_per_token)
         self._tally = tally
         place = endpoint.transport.place
         self._staging = Staging(endpoint.store, place, tally.staging_resized)
@@ -180,23 +182,26 @@ class SenderLink:
     def _launch(self, link: Link, message: Message) -> Flight | None:
         """Put a message on the wire; None if its KV can't be read, which aborts its transfer."""
         began = time.perf_counter()
+        num_bytes = 0
         try:
-            payload = self._payload(message)
+            if message.kind is Kind.DATA:
+                num_tokens = message.span[1] - message.span[0]
+                num_bytes = num_tokens * self._staging.num_bytes_per_token
+                tensors = self._segment(message, num_bytes)
+            else:
+                reason = as_tensor((message.abort_reason or "").encode()[:_MAX_REASON_BYTES])
+                tensors = [torch.cat([as_tensor(self._header(message, reason).pack()), reason])]
         except Exception as error:
             with self._changed:
                 message.transfer.abort_reason = f"reading the KV cache failed: {error!r}"
             return None
-        header = as_tensor(self._header(message, payload).pack())
-        tensors = [header, payload] if payload.numel() else [header]
-        return Flight(message, payload.numel(), began, link.start_send(tensors))
+        return Flight(message, num_bytes, began, link.start_send(tensors))
 
-    def _payload(self, message: Message) -> Tensor:
-        if message.kind is Kind.DATA:
-            num_tokens = message.span[1] - message.span[0]
-            payload = self._staging.next_payload(num_tokens * self._staging.num_bytes_per_token)
-            self._staging.gather(message.block_table, message.span, payload, message.mark)
-            return payload
-        return as_tensor((message.abort_reason or "").encode()[:_MAX_REASON_BYTES])
+    def _segment(self, message: Message, num_bytes: int) -> list[Tensor]:
+        frame = self._staging.next_frame(num_bytes)
+        payload = frame.payload(num_bytes)
+        self._staging.gather(message.block_table, message.span, payload, message.mark)
+        return frame.tensors(self._header(message, payload).pack(), num_bytes)
 
     def _header(self, message: Message, payload: Tensor) -> Header:
         age = 0.0

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from antiphon.workers.handoff.endpoint import KVStore
+from antiphon.workers.handoff.segment import HEADER_BYTES, as_tensor
 from antiphon.workers.handoff.transport import Place
 
+_MAX_TEXT_BYTES = 4096  # of a message that is not KV
 _EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
@@ -84,6 +86,54 @@ def streams_for(device: torch.device) -> Streams:
     return CudaStreams(device) if device.type == "cuda" else NoStreams()
 
 
+class Frame:
+    """One staging buffer: a header with its payload behind it, or beside it on a GPU.
+
+    Args:
+        num_bytes: Of payload, at most.
+        beside: Device of the payload, if it does not lie behind its header.
+        is_pinned: Whether the memory of the host is.
+    """
+
+    def __init__(self, num_bytes: int, beside: torch.device | None, is_pinned: bool) -> None:
+        self.capacity = num_bytes
+        on_host = _MAX_TEXT_BYTES if beside is not None else num_bytes
+        self.message = torch.empty(HEADER_BYTES + on_host, dtype=torch.uint8, pin_memory=is_pinned)
+        self._beside: Tensor | None = None
+        if beside is not None:
+            self._beside = torch.empty(num_bytes, dtype=torch.uint8, device=beside)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return self.message.numel() + (0 if self._beside is None else self._beside.numel())
+
+    @property
+    def text_capacity(self) -> int:
+        """Bytes of a payload that lies on the host."""
+        return self.message.numel() - HEADER_BYTES
+
+    @property
+    def is_split(self) -> bool:
+        """Whether KV comes apart from its header."""
+        return self._beside is not None
+
+    def payload(self, num_bytes: int) -> Tensor:
+        """Where KV is."""
+        return self.text(num_bytes) if self._beside is None else self._beside[:num_bytes]
+
+    def text(self, num_bytes: int) -> Tensor:
+        """Where a payload is that always lies on the host."""
+        return self.message[HEADER_BYTES : HEADER_BYTES + num_bytes]
+
+    def tensors(self, header: bytes, num_bytes: int) -> list[Tensor]:
+        """What to send, with the header put before KV of so many bytes."""
+        self.message[:HEADER_BYTES].copy_(as_tensor(header))
+        if self._beside is None:
+            return [self.message[: HEADER_BYTES + num_bytes]]
+        return [self.message[:HEADER_BYTES], self._beside[:num_bytes]]
+
+
 class Staging:
     """The buffers of one end of a link, and the cache behind them; for the link's thread alone.
 
@@ -106,29 +156,28 @@ class Staging:
         self._store = store
         self._streams = streams or streams_for(store.device)
         self._is_pinned = store.device.type == "cuda" and place is Place.HOST
-        self._payload_device = store.device if place is Place.DEVICE else torch.device("cpu")
+        self._beside = store.device if place is Place.DEVICE else None
         self._on_resized = on_resized
-        self._buffers = [_EMPTY, _EMPTY]
+        self._frames: list[Frame | None] = [None, None]
         self._scratch = _EMPTY  # beside the cache, where payload is elsewhere
         self._turn = 0
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return sum(buffer.numel() for buffer in (*self._buffers, self._scratch))
+        frames = sum(frame.num_bytes for frame in self._frames if frame is not None)
+        return frames + self._scratch.numel()
 
-    def next_payload(self, num_bytes: int) -> Tensor:
-        """The buffer that was not used last, as ``[num_bytes]`` uint8; grows on demand."""
+    def next_frame(self, num_bytes: int) -> Frame:
+        """The buffer that was not used last, with room for so many bytes of KV."""
         self._turn = 1 - self._turn
-        if num_bytes > self._buffers[self._turn].numel():
-            self._on_resized(num_bytes - self._buffers[self._turn].numel())
-            self._buffers[self._turn] = torch.empty(
-                num_bytes,
-                dtype=torch.uint8,
-                device=self._payload_device,
-                pin_memory=self._is_pinned,
-            )
-        return self._buffers[self._turn][:num_bytes]
+        frame = self._frames[self._turn]
+        if frame is None or frame.capacity < num_bytes:
+            before = self.num_bytes
+            frame = Frame(num_bytes, self._beside, self._is_pinned)
+            self._frames[self._turn] = frame
+            self._on_resized(self.num_bytes - before)
+        return frame
 
     def gather(
         self, block_table: Sequence[int], span: tuple[int, int], out: Tensor, after: Any
@@ -151,7 +200,7 @@ class Staging:
     def release(self) -> None:
         """Let go of the memory."""
         self._on_resized(-self.num_bytes)
-        self._buffers, self._scratch = [_EMPTY, _EMPTY], _EMPTY
+        self._frames, self._scratch = [None, None], _EMPTY
 
     def _beside_cache(self, payload: Tensor) -> Tensor:
         if payload.device.type == self.device.type:

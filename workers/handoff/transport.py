@@ -2,9 +2,9 @@
 
 A link is private to one pair of workers, ordered, and used by one thread at each end. KV crosses it
 from the end that connected (the sender) to the end that accepted (the receiver); the way back
-carries only the answer in the handshake. Each tensor that is sent meets exactly one receive of the
-same size. A link breaks once and as a whole: after any error, both ends' calls raise
-``LinkBrokenError``, and its id is never used again.
+carries only the answer in the handshake. Each tensor that is sent meets exactly one receive, which
+may have room for more; how much came is for the message to say. A link breaks once and as a whole:
+after any error, both ends' calls raise ``LinkBrokenError``, and its id is never used again.
 
 Sends and receives are started and waited for apart, so that the next segment can be prepared while
 one is on the wire. What was started first is waited for first.
@@ -53,10 +53,12 @@ class Link(ABC):
 
     @abstractmethod
     def start_recv(self, tensor: Tensor) -> Pending:
-        """Fill ``tensor`` with what was sent next, as soon as it comes.
+        """Receive what is sent next, as soon as it comes.
 
         Args:
-            tensor: Contiguous 1-D uint8; its content is undefined after an error.
+            tensor: Contiguous 1-D uint8, at least as long; more breaks the link. On the host the
+                rest keeps what it held; on a GPU the lengths must be equal. Undefined after an
+                error.
 
         Raises:
             LinkBrokenError: The link is broken.

@@ -1,6 +1,7 @@
 """What goes wrong on a link, by name; send 0 of a link is its handshake."""
 
 import pytest
+import torch
 from handoff_pair import BYTES_PER_TOKEN, wait_until
 
 from antiphon.errors import LinkBrokenError, SegmentRejectedError
@@ -110,7 +111,8 @@ class _RawSender:
             payload.numel(),
             checksum(payload),
         )
-        self.sender_link._link.send([as_tensor(header.pack()), payload], 5)
+        message = torch.cat([as_tensor(header.pack()), payload])
+        self.sender_link._link.send([message], 5)
 
     def wait_discarded(self, **expected: int) -> None:
         wait_until(lambda: self.pair.receiver.counters().discarded_segments == expected)
