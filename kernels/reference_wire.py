@@ -94,11 +94,11 @@ def _is_plain(layers: Sequence[PagedKV], wire: WireKV) -> bool:
 def _sides(
     layers: Sequence[PagedKV], num_tokens: int, wire: WireKV, rows: Sequence[SideRows] | None
 ) -> Iterator[tuple[SideRows, npt.NDArray[np.uint8]]]:
-    """The bytes of every K and V in the cache, with their place on the wire."""
+    """The bytes of K and V in the cache, with their place on the wire."""
     raw = wire.elements.view(torch.uint8).numpy()
     offset = 0
     for side in make_side_rows(layers) if rows is None else rows:
-        size = num_tokens * side.slots.shape[1]
+        size = num_tokens * side.num_bytes_per_token
         yield side, raw[offset : offset + size]
         offset += size
 

@@ -6,6 +6,7 @@ its scales, which come first because they want the stricter alignment. Layers ma
 and widths, and K may differ from V; then the same order holds with each layer's own shape.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -90,8 +91,7 @@ class KVCache:
         self.device = device
         self.num_bytes_per_token = layout.num_wire_bytes_per_token
         self._kernels = kernels
-        # A tensor per layer and side: one stacked tensor makes compiled steps several times slower.
-        self.layers = [self._empty(layer) for layer in layout.layers]
+        self.layers = self._allocate()
 
     def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
         """Copy KV of tokens ``[start, end)`` into wire order.
@@ -111,20 +111,36 @@ class KVCache:
         slots = self._slots(block_table, start, end)
         self._kernels.scatter_kv(self.layers, slots, self._wire(segment, end - start))
 
-    def _empty(self, layer: LayerLayout) -> PagedKV:
-        shape = (self.num_blocks, self.block_size, layer.num_kv_heads)
-        dtype = self.layout.dtype
-        keys, values = (
-            torch.empty((*shape, head_dim), dtype=dtype, device=self.device)
+    def _allocate(self) -> list[PagedKV]:
+        """One allocation for all K and V of a shape, one tensor in it for each.
+
+        A tensor for each, because one for all makes compiled steps several times slower; one
+        allocation, because then a segment moves in one call.
+        """
+        layout, block = self.layout, (self.num_blocks, self.block_size)
+        shapes = [
+            (layer.num_kv_heads, head_dim)
+            for layer in layout.layers
             for head_dim in (layer.k_head_dim, layer.v_head_dim)
-        )
-        if dtype not in QUANTISED_LIMITS:
-            return PagedKV(keys, values)
-        scale_shape = (self.num_blocks, layer.num_kv_heads, self.block_size)
-        key_scales, value_scales = (
-            torch.empty(scale_shape, dtype=_SCALE_DTYPE, device=self.device) for _ in range(2)
-        )
-        return PagedKV(keys, values, key_scales, value_scales)
+        ]
+        stacks = {
+            shape: iter(self._empty((count, *block, *shape), layout.dtype).unbind())
+            for shape, count in Counter(shapes).items()
+        }
+        sides = [next(stacks[shape]) for shape in shapes]
+        return [
+            PagedKV(keys, values, *self._scales(layer))
+            for layer, keys, values in zip(layout.layers, sides[::2], sides[1::2], strict=True)
+        ]
+
+    def _scales(self, layer: LayerLayout) -> list[Tensor | None]:
+        if self.layout.dtype not in QUANTISED_LIMITS:
+            return [None, None]
+        shape = (self.num_blocks, layer.num_kv_heads, self.block_size)
+        return [self._empty(shape, _SCALE_DTYPE), self._empty(shape, _SCALE_DTYPE)]
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _slots(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
         positions = torch.arange(start, end)

@@ -140,7 +140,7 @@ class LinkOffer(msgspec.Struct, frozen=True):
     link_id: str  # fresh for every pair and every rebuild
     receiver_incarnation: str
     wire_fingerprint: str  # model, layers, heads, head_dim, wire dtype, protocol
-    segment_bytes: int = 8 << 20  # the largest payload that the receiver takes
+    segment_bytes: int = 4 << 20  # the largest payload that the receiver takes
 
 
 class Prefill(_Message, frozen=True):

@@ -27,6 +27,7 @@ class FakeStore:
     def __init__(self, num_blocks: int = 64, bytes_per_token: int = BYTES_PER_TOKEN) -> None:
         self.num_bytes_per_token = bytes_per_token
         self.device = torch.device("cpu")
+        self.block_size = BLOCK_SIZE
         self.slots = torch.zeros(num_blocks * BLOCK_SIZE, bytes_per_token, dtype=torch.uint8)
         self.poisoned: set[int] = set()
         self.violations: list[int] = []

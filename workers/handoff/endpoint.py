@@ -24,6 +24,7 @@ class KVStore(SegmentTarget, Protocol):
     """The KV cache, as the hand-off sees it. On a GPU copies are only queued on return."""
 
     device: torch.device
+    block_size: int
 
     def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
         """Copy KV of tokens ``[start, end)`` to ``out``, uint8 in wire order, on ``device``."""

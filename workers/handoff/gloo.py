@@ -15,8 +15,8 @@ What was found out about gloo in torch 2.13, and is relied on here (the transpor
   ``abort`` and ``shutdown`` leave a waiting thread blocked until its own time-out.
 * A posted receive costs no CPU while it waits, and learns of the peer's death within milliseconds.
 * A send completes when the peer has posted the receive, so a slow receiver holds the sender back.
-* A receive may be longer than what is sent, so header and payload are one message: each message
-  costs about 0.4 ms, as much as a megabyte.
+* A receive may be longer than what is sent, so header and payload are one message, and receives
+  can be posted before anybody knows what will come.
 """
 
 import contextlib

@@ -59,25 +59,47 @@ class Flight:
     pending: Pending
 
 
-def next_message(transfers: Iterable[Outgoing], max_tokens: int, min_tokens: int) -> Message | None:
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where transfers are cut into segments.
+
+    Attributes:
+        max_tokens: In one segment.
+        min_tokens: See ``Outgoing.has_work``.
+        block_size: A segment that is cut off ends with a block, since whole blocks move faster.
+    """
+
+    max_tokens: int
+    min_tokens: int
+    block_size: int
+
+    def end(self, start: int, num_pushed: int) -> int:
+        """Where a segment from ``start`` on ends."""
+        end = start + self.max_tokens
+        if end >= num_pushed:
+            return num_pushed
+        whole = end - end % self.block_size
+        return whole if whole > start else end
+
+
+def next_message(transfers: Iterable[Outgoing], cut: Cut) -> Message | None:
     """Take the next message from the oldest transfer that has one; None if there is none.
 
     Args:
         transfers: Oldest first.
-        max_tokens: In one segment.
-        min_tokens: See ``Outgoing.has_work``.
+        cut: Into segments.
     """
     for transfer in transfers:
-        if transfer.has_work(min_tokens):
-            kind, span = _take(transfer, max_tokens)
+        if transfer.has_work(cut.min_tokens):
+            kind, span = _take(transfer, cut)
             mark, reason = transfer.mark, transfer.abort_reason
             return Message(kind, transfer, span, transfer.block_table, mark, reason)
     return None
 
 
-def _take(transfer: Outgoing, max_tokens: int) -> tuple[Kind, tuple[int, int]]:
+def _take(transfer: Outgoing, cut: Cut) -> tuple[Kind, tuple[int, int]]:
     start = transfer.num_taken
-    end = min(transfer.num_pushed, start + max_tokens)
+    end = cut.end(start, transfer.num_pushed)
     if transfer.abort_reason is not None:
         transfer.is_ending = True
         return Kind.ABORT, (start, start)

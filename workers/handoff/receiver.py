@@ -37,7 +37,7 @@ class ReceiverLimits:
     io_timeout_seconds: float = 10.0  # for the handshake; for a payload beside its header
     max_pending: int = 32
     max_links: int = 64
-    segment_bytes: int = 8 << 20  # the largest payload; a link stages two
+    segment_bytes: int = 4 << 20  # the largest payload; a link stages two
 
 
 class HandoffReceiver:

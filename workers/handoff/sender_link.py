@@ -22,6 +22,7 @@ from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.handshake import greet
 from antiphon.workers.handoff.outgoing import (
     BusyClock,
+    Cut,
     Flight,
     Message,
     Outgoing,
@@ -42,7 +43,7 @@ class SenderLimits:
 
     timeout_seconds: float = 10.0  # to connect; for the receiver to take a segment
     max_links: int = 64
-    segment_bytes: int = 8 << 20  # larger pushes are split; a link stages two
+    segment_bytes: int = 4 << 20  # larger pushes are split; a link stages two
     piece_bytes: int = 2 << 20  # less than this waits for more, or for the prompt's end
 
 
@@ -62,8 +63,11 @@ class SenderLink:
         self._timeout_seconds = limits.timeout_seconds
         bytes_per_token = endpoint.store.num_bytes_per_token
         segment_bytes = min(limits.segment_bytes, offer.segment_bytes)
-        self._max_tokens = max(1, segment_bytes // bytes_per_token)
-        self._min_tokens = max(1, limits.piece_bytes // bytes_per_token)
+        self._cut = Cut(
+            max_tokens=max(1, segment_bytes // bytes_per_token),
+            min_tokens=max(1, limits.piece_bytes // bytes_per_token),
+            block_size=endpoint.store.block_size,
+        )
         self._tally = tally
         place = endpoint.transport.place
         self._staging = Staging(endpoint.store, place, tally.staging_resized)
@@ -171,8 +175,7 @@ class SenderLink:
         """The next message; None if there is none yet, or when closing."""
         with self._changed:
             while not self._closing:
-                transfers = self.transfers.values()
-                message = next_message(transfers, self._max_tokens, self._min_tokens)
+                message = next_message(self.transfers.values(), self._cut)
                 if message is not None or not may_wait:
                     return message
                 if not self._changed.wait(_IDLE_SECONDS):

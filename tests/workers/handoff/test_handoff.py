@@ -30,7 +30,7 @@ def test_a_transfer_moves_exactly_its_tokens(pair):
     assert (done_id, error, num_bytes) == (transfer_id, None, 16 * BYTES_PER_TOKEN)
     assert seconds > 0
     counters = pair.receiver.counters()
-    assert (counters.segments, counters.received_bytes) == (4, 16 * BYTES_PER_TOKEN)
+    assert (counters.segments, counters.received_bytes) == (5, 16 * BYTES_PER_TOKEN)
     assert counters.discarded_segments == {}
 
 
