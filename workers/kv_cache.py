@@ -6,6 +6,7 @@ its scales, which come first because they want the stricter alignment. Layers ma
 and widths, and K may differ from V; then the same order holds with each layer's own shape.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from antiphon.kernels.kernel_set import KernelSet
 from antiphon.kernels.paged_kv import QUANTISED_LIMITS, PagedKV, WireKV
 
 _SCALE_DTYPE = torch.float32
+_ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class KVCache:
             for head_dim in (layer.k_head_dim, layer.v_head_dim)
         ]
         stacks = {
-            shape: iter(self._empty((count, *block, *shape), layout.dtype).unbind())
+            shape: iter(self._stack(count, (*block, *shape)))
             for shape, count in Counter(shapes).items()
         }
         sides = [next(stacks[shape]) for shape in shapes]
@@ -132,6 +134,13 @@ class KVCache:
             PagedKV(keys, values, *self._scales(layer))
             for layer, keys, values in zip(layout.layers, sides[::2], sides[1::2], strict=True)
         ]
+
+    def _stack(self, count: int, shape: tuple[int, ...]) -> list[Tensor]:
+        """Tensors in one allocation, each where kernels want a tensor to begin."""
+        size = math.prod(shape)
+        padded = size + -size % (_ALIGNMENT // self.layout.dtype.itemsize)
+        rows = self._empty((count, padded), self.layout.dtype)
+        return [row[:size].view(shape) for row in rows]
 
     def _scales(self, layer: LayerLayout) -> list[Tensor | None]:
         if self.layout.dtype not in QUANTISED_LIMITS:

@@ -1,0 +1,162 @@
+"""Pools that differ in everything they may: block size, cache dtype, kernels, dtype of the wire.
+
+KV goes through a sender, a link and a receiver, and must equal what direct conversions give: from
+the source's dtype to the wire's, from there to the target's.
+"""
+
+import itertools
+import queue
+import random
+import uuid
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from antiphon.kernels.kernel_set import KernelSet
+from antiphon.kernels.paged_kv import QUANTISED_LIMITS, dequantise, quantise
+from antiphon.kernels.torch_kernels import TorchKernels
+from antiphon.workers.handoff.endpoint import Endpoint
+from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
+from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
+from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
+from antiphon.workers.handoff.wire import WireFormat
+from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
+
+LAYERS = (LayerLayout(2, 16, 16), LayerLayout(1, 16, 16), LayerLayout(2, 16, 32))
+BLOCK_SIZES = (8, 16, 32)
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+NUM_TOKENS, START, END = 75, 5, 75  # neither begins nor ends with a block
+SEGMENT_TOKENS = 20
+MODEL_DTYPE = torch.float32  # what ``auto`` means
+WIRE_DTYPES = {
+    "auto": MODEL_DTYPE,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+
+
+def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Through one dtype and back to float32; of a quantised one each row has a scale."""
+    if dtype in QUANTISED_LIMITS:
+        return dequantise(*quantise(x, dtype), torch.float32)
+    return x.to(dtype).float()
+
+
+def step(dtype: torch.dtype) -> float:
+    """Largest error of a conversion, as a part of the largest element."""
+    return {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.int8: 0.5 / 127}.get(dtype, 2**-4)
+
+
+class End:
+    """A cache with a table of scattered blocks."""
+
+    def __init__(self, dtype: torch.dtype, block_size: int, wire: torch.dtype, kernels: KernelSet):
+        num_blocks = -(-NUM_TOKENS // block_size)
+        self.cache = KVCache(
+            KVLayout(LAYERS, dtype, wire), num_blocks + 3, block_size, torch.device("cpu"), kernels
+        )
+        self.table = random.Random(block_size).sample(range(num_blocks + 3), num_blocks)
+        positions = torch.arange(NUM_TOKENS)
+        blocks = torch.tensor(self.table)[positions // block_size]
+        self.slots = blocks * block_size + positions % block_size
+
+    def write(self) -> list[Tensor]:
+        """Fill with random KV; returns it in float32, K and V of each layer in turn."""
+        written = []
+        for layer in self.cache.layers:
+            key, value = (
+                torch.randn(NUM_TOKENS, *cache.shape[2:]) for cache in (layer.keys, layer.values)
+            )
+            TorchKernels().write_kv(key, key, value, layer, self.slots)
+            written += [key, value]
+        return written
+
+    def read(self) -> Iterator[Tensor]:
+        for layer in self.cache.layers:
+            sides = ((layer.keys, layer.key_scales), (layer.values, layer.value_scales))
+            for cache, scales in sides:
+                rows = cache.float().view(-1, *cache.shape[2:])[self.slots]
+                if scales is not None:
+                    by_slot = scales.transpose(1, 2).reshape(-1, cache.shape[2])
+                    rows = rows * by_slot[self.slots][..., None]
+                yield rows
+
+
+def hand_off(source: End, target: End) -> None:
+    """Move tokens from START to END through a sender, a link and a receiver."""
+    network, completed = MemoryNetwork(), queue.Queue()
+    wire = WireFormat("model", (), str(source.cache.layout.wire_dtype))
+    limits = SenderLimits(segment_bytes=SEGMENT_TOKENS * source.cache.num_bytes_per_token)
+    sender = HandoffSender(
+        Endpoint(MemoryTransport(network, "p"), source.cache, "p", wire), limits, lambda *_: None
+    )
+    receiver = HandoffReceiver(
+        Endpoint(MemoryTransport(network, "d"), target.cache, "d", wire),
+        ReceiverLimits(timeout_seconds=30),
+        lambda *report: completed.put(report),
+    )
+    transfer_id, offer = uuid.uuid4().hex, receiver.offer("p")
+    receiver.expect(transfer_id, offer.link_id, target.table, START, END)
+    sender.open(transfer_id, offer, START)
+    sender.push(transfer_id, source.table, START, 40)
+    sender.push(transfer_id, source.table, 40, END)
+    sender.finish(transfer_id)
+    assert completed.get(timeout=30) == (transfer_id, END - START, None)
+    sender.close()
+    receiver.close()
+
+
+def check(source: End, target: End) -> None:
+    """Hand off, and compare with what converting directly gives."""
+    wire = source.cache.layout.wire_dtype
+    written = source.write()
+    hand_off(source, target)
+    # A conversion that meets a tie may fall on either side of it; the bound is one step of each
+    # dtype that rounds after the first, and nothing if none of them does.
+    dtypes = (source.cache.layout.dtype, wire, target.cache.layout.dtype)
+    for original, arrived in zip(written, target.read(), strict=True):
+        expected = original
+        for dtype in dtypes:
+            expected = convert(expected, dtype)
+        largest = original.abs().amax(-1, keepdim=True)
+        error = ((arrived - expected).abs() / largest)[START:END]
+        assert error.max() <= (2 * step(dtypes[2]) if len(set(dtypes)) > 1 else 1e-6)
+        wrong = (error > 1e-5).float().mean()
+        assert wrong < 0.02, f"{wrong:.1%} of the elements differ from a direct conversion"
+
+
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+@pytest.mark.parametrize("block_sizes", list(itertools.product(BLOCK_SIZES, BLOCK_SIZES)), ids=str)
+def test_every_pair_of_caches_over_every_wire(block_sizes: tuple[int, int], wire: str) -> None:
+    torch.manual_seed(0)
+    for dtypes in itertools.product(CACHE_DTYPES, CACHE_DTYPES):
+        ends = [
+            End(dtype, size, WIRE_DTYPES[wire], TorchKernels())
+            for dtype, size in zip(dtypes, block_sizes, strict=True)
+        ]
+        check(*ends)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+@pytest.mark.parametrize("dtypes", list(itertools.product(CACHE_DTYPES, CACHE_DTYPES)), ids=str)
+@pytest.mark.parametrize("triton_end", ["source", "target"])
+def test_kernel_sets_may_differ(
+    dtypes: tuple[torch.dtype, torch.dtype], wire: str, triton_end: str
+) -> None:
+    """One end runs the Triton kernels, the other torch's, with other blocks."""
+    from antiphon.kernels.triton_kernels import TritonKernels
+    from antiphon.kernels.tuning import tuning_for
+
+    if torch.cuda.is_available():
+        pytest.skip("the two ends are on the CPU here; kernels/test_gather_kv.py has the GPU")
+    torch.manual_seed(1)
+    triton = TritonKernels(tuning_for("sm_90", "prefill"), 2)
+    kernels = [triton, TorchKernels()] if triton_end == "source" else [TorchKernels(), triton]
+    check(
+        End(dtypes[0], 8, WIRE_DTYPES[wire], kernels[0]),
+        End(dtypes[1], 32, WIRE_DTYPES[wire], kernels[1]),
+    )
