@@ -14,6 +14,8 @@ from antiphon.messages import (
     Prefill,
     PrefillDone,
     PrefillPeer,
+    PrefillPool,
+    Prewarm,
     Refused,
     RequestOutput,
     RequestTiming,
@@ -43,6 +45,8 @@ CLIENT_MESSAGES = [
     Submit("r", [1, 2], SamplingParams(5)),
     Submit("r", [0], SamplingParams(1, 0.0, 0.5, 3, -(2**63), (2, 7)), (PrefillPeer("u", "i"),)),
     Prefill("r", "ab" * 16, [1, 2**32 - 1], 1, OFFER),
+    PrefillPool((PrefillPeer("u", "i"), PrefillPeer("v", "j"))),
+    Prewarm(OFFER),
     Abort("r"),
 ]
 WORKER_MESSAGES = [

@@ -38,10 +38,11 @@ class _Transfer:
 class _Run:
     def __init__(self, faults: dict[int, Fault], rng: random.Random) -> None:
         network = MemoryNetwork()
+        timeout = 0.1 if faults else 10.0  # without faults nothing has to time out
         self.pair = Pair(
             MemoryTransport(network, "sender:0", FaultPlan(faults)),
             MemoryTransport(network, "receiver:0"),
-            receiver_limits=ReceiverLimits(timeout_seconds=0.1, io_timeout_seconds=0.1),
+            receiver_limits=ReceiverLimits(timeout_seconds=timeout, io_timeout_seconds=0.1),
         )
         self.rng = rng
         self.transfers: list[_Transfer] = []
