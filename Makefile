@@ -37,6 +37,7 @@ reference: $(INSTALLED)  ## write docs/configuration.md, the page of every key
 
 bench: $(INSTALLED)  ## the figures in the README
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/handoff.py
 
 bench-gpu: $(INSTALLED)  ## every kernel on this machine's GPU, beside its baselines
 	@for op in prefill_attention decode_attention shared_prefix_attention write_kv gather_kv \
