@@ -1,0 +1,165 @@
+"""Random programs on random schedules: sender, receiver and links, one thread at a time.
+
+A program is what happens to the two ends from outside: transfers are opened, computed, finished,
+given up and cancelled, links break, segments get lost, doubled, swapped and damaged, ends restart,
+time passes. A schedule decides at each lock, wait and copy which thread goes on. Both come from
+Hypothesis, so a failure is repeated and made small. What must hold is in ``handoff_world``.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+from handoff_world import MAX_BLOCKS, World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stepped_threads import stepped
+from torch import Tensor
+from turns import Choose
+
+from antiphon.errors import HandoffError
+from antiphon.workers.handoff.endpoint import KVStore
+from antiphon.workers.handoff.incoming import Incoming
+from antiphon.workers.handoff.memory import Fault
+from antiphon.workers.handoff.segment import Header
+from antiphon.workers.handoff.sender import HandoffSender
+
+Action = tuple[str, int, int]
+HARMLESS = ("open", "open", "push", "push", "push", "finish", "pass turns")
+HARMFUL = ("abort", "cancel", "cancel", "break link", "restart sender", "restart receiver")
+FAULTS = [fault for fault in Fault if fault is not Fault.HOLD]  # any send may take any time anyway
+
+
+def programs(*kinds: str) -> st.SearchStrategy[list[Action]]:
+    action = st.tuples(st.sampled_from(kinds), st.integers(0, 7), st.integers(1, 12))
+    return st.lists(action, min_size=3, max_size=25)
+
+
+def schedules() -> st.SearchStrategy["Schedule"]:
+    return st.builds(Schedule, st.integers(0, 2**32), st.sampled_from([0.02, 0.1, 0.3, 0.9]))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Lets a thread go on, and now and then another one instead."""
+
+    seed: int
+    switch_rate: float
+
+    def choices(self) -> Choose:
+        rng = random.Random(self.seed)
+
+        def choose(num_able: int) -> int:
+            return rng.randrange(num_able) if rng.random() < self.switch_rate else 0
+
+        return choose
+
+
+def play(world: World, program: Sequence[Action]) -> None:
+    for kind, which, amount in program:
+        for _ in range(amount):
+            world.turns.pause()
+        open_now = world.open_transfers
+        match kind:
+            case "open":
+                world.open(1 + which % MAX_BLOCKS, amount - 1)
+            case "pass turns":
+                for _ in range(10 * amount):
+                    world.turns.pause()
+            case "pass time":
+                world.turns.sleep(amount / 2)
+            case "break link":
+                world.break_link(which)
+            case "restart sender":
+                world.restart_sender()
+            case "restart receiver":
+                world.restart_receiver()
+            case "push" if open_now:
+                world.push(open_now[which % len(open_now)], amount)
+            case "finish" if open_now:
+                world.finish(open_now[which % len(open_now)])
+            case "abort" if open_now:
+                world.abort(open_now[which % len(open_now)])
+            case "cancel" if open_now:
+                world.cancel(open_now[which % len(open_now)])
+            case _:
+                pass  # nothing is open that it could be done to
+
+
+def explore(schedule: Schedule, program: Sequence[Action], faults: dict[int, Fault]) -> World:
+    with stepped(schedule.choices(), "antiphon.workers.handoff") as turns:
+        world = World(turns, faults)
+        play(world, program)
+        world.settle()
+        return world
+
+
+@settings(max_examples=1500, deadline=None)
+@given(
+    schedule=schedules(),
+    program=programs(*HARMLESS, *HARMFUL, "pass time"),
+    faults=st.dictionaries(st.integers(0, 30), st.sampled_from(FAULTS), max_size=3),
+)
+def test_whatever_happens_blocks_stay_right_and_every_transfer_ends_once(
+    schedule: Schedule, program: list[Action], faults: dict[int, Fault]
+) -> None:
+    explore(schedule, program, faults)
+
+
+@settings(max_examples=300, deadline=None)
+@given(schedule=schedules(), program=programs(*HARMLESS))
+def test_what_nobody_disturbs_arrives(schedule: Schedule, program: list[Action]) -> None:
+    world = explore(schedule, program, {})
+    for transfer in world.transfers:
+        assert (transfer.error is None) == (transfer.num_pushed == transfer.end), transfer
+
+
+def _fence_without_lock(self: Incoming) -> bool:
+    was_live, self._is_live = self._is_live, False
+    return was_live
+
+
+def _take_when_dead(self: Incoming, header: Header, payload: Tensor, store: KVStore) -> str | None:
+    with self._lock:
+        self._check(header, payload, store.num_bytes_per_token)
+        store.scatter(self._block_table, header.start, header.end, payload)
+        self._next = header.end
+        return None
+
+
+def _done_before_the_link_let_go(self: HandoffSender, transfer_id: str, reason: str) -> None:
+    with self._lock:
+        link = self._transfers.pop(transfer_id, None)
+        ended = link is not None and link.transfers.pop(transfer_id)
+    if ended:
+        self._on_done(transfer_id, HandoffError(reason), 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "bug"),
+    [
+        (Incoming, "fence", _fence_without_lock),
+        (Incoming, "take", _take_when_dead),
+        (Incoming, "_check", lambda *_: None),
+        (Incoming, "check_end", lambda *_: None),
+        (HandoffSender, "abort", _done_before_the_link_let_go),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_the_search_finds_bugs_that_are_planted(
+    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, bug: Callable[..., object]
+) -> None:
+    monkeypatch.setattr(owner, method, bug)
+    rng = random.Random(0)
+    assert any(_goes_wrong(seed, rng) for seed in range(400))
+
+
+def _goes_wrong(seed: int, rng: random.Random) -> bool:
+    kinds = [*HARMLESS, *HARMFUL]
+    program = [(rng.choice(kinds), rng.randrange(8), rng.randint(1, 12)) for _ in range(20)]
+    try:
+        explore(Schedule(seed, 0.3), program, {rng.randrange(20): rng.choice(FAULTS)})
+    except AssertionError:
+        return True
+    return False
