@@ -219,7 +219,7 @@ class World:
         assert not self.turns.errors, self.turns.errors
         # A link's thread that had said goodbye before ``close`` is not waited for there.
         assert self.turns.wait(lambda: not self.turns.running, SETTLE_SECONDS), self.turns.running
-        assert self.sender.num_links == self.receiver.num_links == self.receiver.num_pending == 0
+        assert self.sender.num_links == self.receiver.num_pending == 0
         assert not self.target.owners
         assert len(self.source.free) == NUM_SOURCE_BLOCKS
 

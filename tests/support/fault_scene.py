@@ -1,0 +1,256 @@
+"""Plays one cell of the fault table: sends a request, strikes at its step, looks what came."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from crew import CHUNK_TOKENS, Crew, total
+from fault_cells import Cell, Kind, Party, Step
+from faulty_transport import FaultyLink, Message, Send
+from pools import assert_idle
+
+from antiphon.config import HandoffConfig
+from antiphon.errors import AntiphonError
+from antiphon.messages import Role, SamplingParams
+from antiphon.workers.batch import Batch
+from antiphon.workers.worker import Worker
+
+ANSWER_SECONDS = 10.0  # within which every client has an answer or an error
+DELAY_SECONDS = 0.1
+SILENCE_SECONDS = 0.4  # after which decode gives a prefill worker up, in cells that are about that
+SLOW_READ_SECONDS = 0.02
+PROMPT = [5 + i for i in range(2 * CHUNK_TOKENS + 13)]
+OTHER_PROMPT = [100 - i for i in range(2 * CHUNK_TOKENS + 13)]
+MAX_TOKENS = 8
+
+
+class Answer:
+    """What the client got."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.path = ""
+        self.error: AntiphonError | None = None
+
+
+class Scene:
+    """One cell being played. ``strike`` and the hooks run on whatever thread reaches the step."""
+
+    def __init__(self, cell: Cell, model: Any) -> None:
+        self.cell = cell
+        self.crew = Crew(model, _handoff_config(cell))
+        self.struck = threading.Event()
+        self._released = threading.Event()
+        self._num_segments = 0  # sent
+        self._num_steps = 0  # of the prefill worker
+        self._is_black_hole = False
+        self._held: Message | None = None
+        self._impeded: list[FaultyLink] = []  # whose reader hangs or is slow
+
+    async def play(self) -> tuple[Answer, Answer]:
+        """Return what the client got, and what another one got after the fault."""
+        self._loop = asyncio.get_running_loop()
+        on_steps = [self._on_prefill_step, self._on_decode_step]
+        await self.crew.start(self._on_send, self._on_received, on_steps)
+        try:
+            await self._prepare()
+            answer = await self._ask(PROMPT)
+        finally:
+            self._released.set()
+            for proxy in self.crew.proxies:
+                proxy.release()
+        assert self.struck.is_set(), "the fault never struck"
+        return answer, await self._ask(OTHER_PROMPT)
+
+    async def check_and_close(self) -> None:
+        """Nothing may be held by anybody who lives, and nothing at all once all have ended."""
+        await assert_idle(*self.crew.alive)
+        await self.crew.close()
+
+    @property
+    def num_failures(self) -> float:
+        """Hand-offs that living decode workers have counted as failed."""
+        decoding = [worker.metrics for worker in self.crew.alive if worker.generate is not None]
+        return sum(
+            total(metrics, "antiphon_prefill_fallbacks_total")
+            + total(metrics, "antiphon_prefill_attempts_total", outcome="complete")
+            for metrics in decoding
+        )
+
+    @property
+    def num_moves(self) -> float:
+        """Times that the ingress has counted a lost worker."""
+        metrics = self.crew.metrics
+        return total(metrics, "antiphon_refusals_total") + total(metrics, "antiphon_replays_total")
+
+    async def _prepare(self) -> None:
+        at_ask = self.cell.step is Step.ASK
+        if at_ask and self.cell.party is Party.LINK and self.cell.kind is not Kind.KILL:
+            self.struck.set()  # the session must be there before it can fall silent
+            await self._ask(OTHER_PROMPT[::-1])
+            self._strike()
+        elif at_ask and self.cell.party is Party.DECODE:
+            self.crew.decode.engine.call(lambda _: self._on_decode_asked())
+
+    async def _ask(self, prompt: list[int]) -> Answer:
+        answer = Answer()
+        sampling = SamplingParams(MAX_TOKENS, temperature=0)
+        async with asyncio.timeout(ANSWER_SECONDS):
+            try:
+                async for output in self.crew.backend.generate("request", prompt, sampling):
+                    answer.tokens += output.token_ids
+                    if output.timing is not None:
+                        answer.path = output.timing.prefill_path
+            except AntiphonError as error:
+                answer.error = error
+        return answer
+
+    # Where a request is, as seen from the threads that move it on.
+
+    def _on_prefill_step(self, batch: Batch) -> None:
+        self._reach(Step.ASK, Party.PREFILL, Party.LINK)
+        self._num_steps += 1
+        # Each chunk is a segment of its own, or there would be no middle one to hit.
+        _wait(lambda: self._num_segments >= self._num_steps - 1 or self.struck.is_set())
+
+    def _on_decode_asked(self) -> None:
+        _wait(lambda: self.crew.decode.num_requests == 1)
+        self._reach(Step.ASK, Party.DECODE)
+
+    def _on_decode_step(self, batch: Batch) -> None:
+        if any(chunk.request.output_token_ids for chunk in batch.chunks):
+            self._reach(Step.DECODE, *Party)
+
+    def _on_send(self, step: Step, link: FaultyLink, message: Message, send: Send) -> None:
+        cell = self.cell
+        if cell.kind is Kind.REORDER and not self.struck.is_set():
+            self._reorder(step, message, send)
+        elif cell.party is not Party.LINK or not self._is_struck_by(step):
+            self._reach(step, Party.PREFILL, Party.DECODE)
+            if not self._is_black_hole:
+                send(message)
+        else:
+            self._damage(link, message, send)
+        self._num_segments += step in (Step.FIRST, Step.MIDDLE)
+
+    def _on_received(self, link: FaultyLink) -> None:
+        if link in self._impeded:
+            self._released.wait(
+                SLOW_READ_SECONDS if self.cell.kind is Kind.SLOW_READER else ANSWER_SECONDS
+            )
+
+    # The faults.
+
+    def _is_struck_by(self, step: Step) -> bool:
+        if step is not self.cell.step or self.struck.is_set():
+            return False
+        self.struck.set()
+        return True
+
+    def _reach(self, step: Step, *parties: Party) -> None:
+        if self.cell.party in parties and self._is_struck_by(step):
+            self._strike()
+
+    def _strike(self) -> None:
+        """Do what is not done to a single message."""
+        cell = self.cell
+        if cell.party is Party.LINK:
+            self._strike_session(self.crew.proxies[cell.step is Step.DECODE])
+        elif cell.kind is Kind.KILL:
+            self._kill(self.crew.prefill if cell.party is Party.PREFILL else self.crew.decode)
+        elif cell.party is Party.DECODE and cell.step not in (Step.ASK, Step.DECODE):
+            self._impede_reader()
+        else:
+            self._hang()
+
+    def _hang(self) -> None:
+        """Block the thread that got here, if it is the party's own, and its engine."""
+        cell = self.cell
+        seconds = DELAY_SECONDS if cell.kind is Kind.DELAY else ANSWER_SECONDS
+        if cell.party is Party.DECODE:  # nobody else can go on with the request
+            seconds = min(seconds, SILENCE_SECONDS)
+        elif cell.step is not Step.ASK:
+            self.crew.prefill.engine.call(lambda _: self._released.wait(seconds))
+        if cell.party is Party.DECODE or cell.step is not Step.DECODE:
+            self._released.wait(seconds)
+
+    def _impede_reader(self) -> None:
+        self._impeded = self.crew.transports[Role.DECODE].links
+        if self.cell.kind is Kind.DELAY:
+            self._loop.call_soon_threadsafe(
+                self._loop.call_later, DELAY_SECONDS, self._released.set
+            )
+
+    def _kill(self, worker: Worker) -> None:
+        self.crew.transports[worker.card.role].sever()  # before anything can be said over them
+        asyncio.run_coroutine_threadsafe(self.crew.kill(worker), self._loop).result(ANSWER_SECONDS)
+
+    def _strike_session(self, proxy: Any) -> None:
+        def act() -> None:
+            if self.cell.kind is Kind.KILL:
+                proxy.cut()
+                return
+            proxy.hold()
+            if self.cell.kind is Kind.DELAY:
+                self._loop.call_later(DELAY_SECONDS, proxy.release)
+
+        self._loop.call_soon_threadsafe(act)
+
+    def _damage(self, link: FaultyLink, message: Message, send: Send) -> None:
+        """Do to the message that is about to go what the cell says."""
+        match self.cell.kind:
+            case Kind.KILL:
+                link.close()
+                send(message)
+            case Kind.HANG:
+                self._is_black_hole = True  # it, and whatever follows it, is lost in silence
+            case Kind.DELAY:
+                time.sleep(DELAY_SECONDS)
+                send(message)
+            case Kind.DUPLICATE:
+                send(message)
+                send(message)
+            case Kind.CORRUPT_HEADER:
+                send([_flipped(message[0]), *message[1:]])
+            case Kind.CORRUPT_PAYLOAD:
+                send([*message[:-1], _flipped(message[-1])])
+
+    def _reorder(self, step: Step, message: Message, send: Send) -> None:
+        """Let a segment overtake the one before it; END overtakes the last."""
+        held, self._held = self._held, None
+        if step is Step.HANDSHAKE:
+            send(message)
+            return
+        overtakes = {
+            Step.FIRST: held is not None,
+            Step.MIDDLE: self._num_segments == 2,
+            Step.END: step is Step.END,
+        }[self.cell.step]
+        if overtakes:
+            self.struck.set()
+            send(message)
+        if held is not None:
+            send(held)
+        if not overtakes:
+            self._held = [tensor.clone() for tensor in message]
+
+
+def _flipped(tensor: Any) -> Any:
+    damaged = tensor.clone()
+    damaged[tensor.numel() // 2] ^= 0x10
+    return damaged
+
+
+def _handoff_config(cell: Cell) -> HandoffConfig:
+    seconds = SILENCE_SECONDS if cell.times_out else ANSWER_SECONDS
+    name = "stall_seconds" if "stall_seconds" in HandoffConfig.model_fields else "timeout_seconds"
+    return HandoffConfig(**{name: seconds})
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "a step was never reached"
+        time.sleep(0.001)

@@ -1,0 +1,118 @@
+"""A transport around another, through which a test sees every message and decides its fate.
+
+It reads the headers that pass, so faults are placed by what a message is and not by its number.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fault_cells import Step
+from torch import Tensor
+
+from antiphon.errors import LinkBrokenError, SegmentRejectedError
+from antiphon.workers.handoff.segment import HEADER_BYTES, Header, Kind, as_bytes
+from antiphon.workers.handoff.transport import Link, Transport
+
+Message = Sequence[Tensor]
+Send = Callable[[Message], None]
+# (the message's step, its link, the message, how to send): sends it, another, both or nothing.
+OnSend = Callable[[Step, "FaultyLink", Message, Send], None]
+OnReceived = Callable[["FaultyLink"], None]  # something was read; the reader goes on on return
+
+
+def _send_as_it_is(step: Step, link: "FaultyLink", message: Message, send: Send) -> None:
+    send(message)
+
+
+class FaultyLink:
+    """One end of a link."""
+
+    def __init__(self, link: Link, on_send: OnSend, on_received: OnReceived) -> None:
+        self._link = link
+        self._on_send = on_send
+        self._on_received = on_received
+        self._step = Step.HANDSHAKE  # of the message that was sent last
+        self._num_segments = 0
+
+    def send(self, tensors: Message, timeout_seconds: float) -> None:
+        """See ``Link.send``."""
+        self._look(tensors[0])
+
+        def send(message: Message) -> None:
+            self._link.send(message, timeout_seconds)
+
+        self._on_send(self._step, self, tensors, send)
+
+    def recv(self, tensor: Tensor, timeout_seconds: float | None) -> None:
+        """See ``Link.recv``."""
+        self._link.recv(tensor, timeout_seconds)
+        self._on_received(self)
+
+    def close(self) -> None:
+        """See ``Link.close``."""
+        self._link.close()
+
+    def _look(self, tensor: Tensor) -> None:
+        kind = None
+        if tensor.numel() == HEADER_BYTES:
+            with contextlib.suppress(SegmentRejectedError):  # then it is a payload of that size
+                kind = Header.unpack(as_bytes(tensor)).kind
+        if kind is Kind.DATA:
+            self._step = Step.FIRST if self._num_segments == 0 else Step.MIDDLE
+            self._num_segments += 1
+        elif kind in (Kind.END, Kind.ABORT):
+            self._step = Step.END
+
+
+class FaultyTransport:
+    """Wraps the transport of one worker."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        on_send: OnSend = _send_as_it_is,
+        on_received: OnReceived = lambda link: None,
+    ) -> None:
+        self._transport = transport
+        self._on_send = on_send
+        self._on_received = on_received
+        self._lock = threading.Lock()
+        self._links: list[FaultyLink] = []
+        self._is_severed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    @property
+    def links(self) -> list[FaultyLink]:
+        """All that were ever made."""
+        with self._lock:
+            return list(self._links)
+
+    def accept(self, link_id: str, timeout_seconds: float) -> FaultyLink:
+        """See ``Transport.accept``."""
+        return self._wrap(self._transport.accept(link_id, timeout_seconds))
+
+    def connect(self, address: str, link_id: str, timeout_seconds: float) -> FaultyLink:
+        """See ``Transport.connect``."""
+        return self._wrap(self._transport.connect(address, link_id, timeout_seconds))
+
+    def sever(self) -> None:
+        """Break every link without a word, and make no other: what a kill does to them."""
+        with self._lock:
+            self._is_severed = True
+        for link in self.links:
+            link.close()
+        self._transport.close()
+
+    def _wrap(self, link: Link) -> FaultyLink:
+        wrapped = FaultyLink(link, self._on_send, self._on_received)
+        with self._lock:
+            self._links.append(wrapped)
+            is_severed = self._is_severed
+        if is_severed:
+            link.close()
+            raise LinkBrokenError("this worker was killed")
+        return wrapped
