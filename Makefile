@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # One thread per process is the clean unit on a CPU; spinning threads starve whatever shares a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve test test-unit test-kernels test-gpu lint bench bench-gpu kernel-report chart reference clean
+.PHONY: serve test test-unit test-kernels test-gpu soak lint bench bench-gpu kernel-report chart reference clean
 
 serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" passes options
 	@$(BIN)/antiphon serve $(ARGS)
@@ -23,6 +23,10 @@ test-kernels: $(INSTALLED)  ## the Triton kernels, in the interpreter
 test-gpu: $(INSTALLED)  ## the same tests on this machine's GPU
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU here: use make test-kernels, or install a CUDA build of torch')"
 	$(BIN)/pytest -q -m interpreter
+
+SECONDS ?= 600
+soak: $(INSTALLED)  ## ten minutes of load, kills and restarts, every token checked; SECONDS=60
+	$(BIN)/python tests/support/soak.py --seconds $(SECONDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -100,7 +100,7 @@ class Crew:
         ]
         self.proxies = [SessionProxy(w.card.url) for w in (self.prefill, self.decode)]
         for worker, on_step in zip((self.prefill, self.decode), on_steps, strict=True):
-            worker.engine._runner = _Watched(worker.engine._runner, on_step)
+            watch(worker, on_step)
         await self._list_workers()
 
     @property
@@ -157,6 +157,11 @@ async def _sessions_with_peers(worker: Worker) -> list[Any]:
         return []
     tasks = worker.generate._peers._sessions.values()
     return [task.result() for task in tasks if task.done() and task.exception() is None]
+
+
+def watch(worker: Worker, on_step: OnStep) -> None:
+    """Call a function on the engine's thread before each step; what it raises fails the step."""
+    worker.engine._runner = _Watched(worker.engine._runner, on_step)
 
 
 def worker_threads() -> set[threading.Thread]:

@@ -60,15 +60,17 @@ def greedy_items(model: Any, num_prompts: int, seed: int = 0) -> list[Item]:
 
 async def seeded_items(backend: Backend, num_prompts: int, seed: int = 1) -> list[Item]:
     """Sampled requests, and what they draw while nothing disturbs them."""
-    items = []
-    for number, prompt in enumerate(make_prompts(num_prompts, seed)):
+
+    async def draw(number: int, prompt: list[int]) -> Item:
         sampling = SamplingParams(MAX_TOKENS, temperature=0.8, top_p=0.95, seed=number)
         tokens: list[int] = []
         async for output in backend.generate(f"undisturbed-{number}", prompt, sampling):
             tokens += output.token_ids
         assert len(tokens) == MAX_TOKENS
-        items.append(Item(prompt, sampling, tokens))
-    return items
+        return Item(prompt, sampling, tokens)
+
+    prompts = make_prompts(num_prompts, seed)
+    return await asyncio.gather(*(draw(n, prompt) for n, prompt in enumerate(prompts)))
 
 
 class Load:
