@@ -58,7 +58,7 @@ class _PreferringPolicy(Policy):
             decision = super().choose(view, prompt, now, exclude | spare)
         except NoWorkerError:
             return super().choose(view, prompt, now, exclude)
-        if decision.prefill is None or not hasattr(decision, "alternates"):
+        if decision.prefill is None:
             return decision
         alternates = tuple(card for card in self.spares if card.role is Role.PREFILL)
         return dataclasses.replace(decision, alternates=alternates)
@@ -117,7 +117,7 @@ class Crew:
         """End a worker as SIGKILL would: its links and sockets break, and nothing is said."""
         self.killed.append(worker)
         self.transports[worker.card.role].sever()
-        for session in [*worker._server.sessions, *await _sessions_with_peers(worker)]:
+        for session in [*worker._server.sessions, *_sessions_with_peers(worker)]:
             session.cut()
         await worker._server.close()
 
@@ -152,10 +152,10 @@ class Crew:
         await until(lambda: all(self.backend._view.get(w.card.incarnation) for w in self.workers))
 
 
-async def _sessions_with_peers(worker: Worker) -> list[Any]:
+def _sessions_with_peers(worker: Worker) -> list[Any]:
     if worker.generate is None:
         return []
-    tasks = worker.generate._peers._sessions.values()
+    tasks = worker.generate._client._peers._sessions.values()
     return [task.result() for task in tasks if task.done() and task.exception() is None]
 
 

@@ -14,9 +14,8 @@ workers, at ``decode`` the session with the ingress, and between those the link 
 What must come of it; in every case the client gets exactly what ``generate()`` gives:
 
     remote     the prefill worker that was asked delivers, and nothing is counted as failed
-    again      the hand-off fails, is counted, and the prompt is computed by somebody else
-    moved      the request is lost with its decode worker, is counted, and runs on another one
-    lost       the stream has begun and its decode worker is gone: an honest error
+    again      the hand-off fails, is counted, and another prefill worker delivers
+    moved      the request is lost with its decode worker, is counted, and goes on at another one
 
 A dot means that there is no such case, because
 
@@ -40,12 +39,12 @@ prefill kill             again   again      again   again   again   remote
 prefill hang             again   again      again   again   again   remote
 prefill delay            remote  remote     remote  remote  remote  remote
 
-decode  kill             moved   moved      moved   moved   moved   lost
+decode  kill             moved   moved      moved   moved   moved   moved
 decode  hang             remote  again      again   again   again   remote
 decode  delay            remote  remote     remote  remote  remote  remote
 decode  slow_reader      .       remote     remote  remote  remote  .
 
-link    kill             again   again      again   again   again   lost
+link    kill             again   again      again   again   again   moved
 link    hang             again   again      again   again   again   .
 link    delay            remote  remote     remote  remote  remote  remote
 link    drop             .       again      again   again   again   .

@@ -42,6 +42,7 @@ class Scene:
         self.cell = cell
         self.crew = Crew(model, _handoff_config(cell))
         self.struck = threading.Event()
+        self.errors: list[Exception] = []
         self._released = threading.Event()
         self._num_segments = 0  # sent
         self._num_steps = 0  # of the prefill worker
@@ -62,6 +63,7 @@ class Scene:
             for proxy in self.crew.proxies:
                 proxy.release()
         assert self.struck.is_set(), "the fault never struck"
+        assert self.errors == []
         return answer, await self._ask(OTHER_PROMPT)
 
     async def check_and_close(self) -> None:
@@ -70,20 +72,23 @@ class Scene:
         await self.crew.close()
 
     @property
-    def num_failures(self) -> float:
+    def num_failed_attempts(self) -> float:
         """Hand-offs that living decode workers have counted as failed."""
-        decoding = [worker.metrics for worker in self.crew.alive if worker.generate is not None]
-        return sum(
-            total(metrics, "antiphon_prefill_fallbacks_total")
-            + total(metrics, "antiphon_prefill_attempts_total", outcome="complete")
-            for metrics in decoding
-        )
+        return self._decoding("antiphon_prefill_attempts_total", outcome="complete")
 
     @property
-    def num_moves(self) -> float:
+    def num_fallbacks(self) -> float:
+        """Prompts that living decode workers have counted as computed by themselves."""
+        return self._decoding("antiphon_prefill_fallbacks_total")
+
+    @property
+    def num_replays(self) -> float:
         """Times that the ingress has counted a lost worker."""
-        metrics = self.crew.metrics
-        return total(metrics, "antiphon_refusals_total") + total(metrics, "antiphon_replays_total")
+        return total(self.crew.metrics, "antiphon_replays_total")
+
+    def _decoding(self, name: str, **ignored: str) -> float:
+        decoding = [worker for worker in self.crew.alive if worker.generate is not None]
+        return sum(total(worker.metrics, name, **ignored) for worker in decoding)
 
     async def _prepare(self) -> None:
         at_ask = self.cell.step is Step.ASK
@@ -155,6 +160,13 @@ class Scene:
 
     def _strike(self) -> None:
         """Do what is not done to a single message."""
+        try:
+            self._do()
+        except Exception as error:  # the thread that got here may have caught it
+            self.errors.append(error)
+            raise
+
+    def _do(self) -> None:
         cell = self.cell
         if cell.party is Party.LINK:
             self._strike_session(self.crew.proxies[cell.step is Step.DECODE])
@@ -244,9 +256,7 @@ def _flipped(tensor: Any) -> Any:
 
 
 def _handoff_config(cell: Cell) -> HandoffConfig:
-    seconds = SILENCE_SECONDS if cell.times_out else ANSWER_SECONDS
-    name = "stall_seconds" if "stall_seconds" in HandoffConfig.model_fields else "timeout_seconds"
-    return HandoffConfig(**{name: seconds})
+    return HandoffConfig(stall_seconds=SILENCE_SECONDS if cell.times_out else ANSWER_SECONDS)
 
 
 def _wait(condition: Callable[[], bool]) -> None:

@@ -184,7 +184,7 @@ class ProcessCluster:
             model_folder=self._model_folder,
             model=ModelConfig(),
             engine=EngineConfig(kv_cache_bytes="1MiB", max_batch_tokens=budget),  # type: ignore[arg-type]
-            handoff=_handoff_config(),
+            handoff=HandoffConfig(stall_seconds=GIVE_UP_SECONDS),
         )
 
 
@@ -211,8 +211,3 @@ def resident_bytes(pid: int) -> int:
     """Resident memory of a process."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _handoff_config() -> HandoffConfig:
-    name = "stall_seconds" if "stall_seconds" in HandoffConfig.model_fields else "timeout_seconds"
-    return HandoffConfig(**{name: GIVE_UP_SECONDS})

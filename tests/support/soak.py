@@ -30,6 +30,7 @@ from tiny_models import tiny_model
 from antiphon.messages import Role
 
 NUM_CLIENTS = 12
+NUM_GREEDY, NUM_SEEDED = 20, 12  # different requests
 CANCEL_RATE = 0.15
 REPORT_SECONDS = 30.0
 WARM_UP_RATIO = 0.25  # of the time, after which memory must not grow any more
@@ -107,8 +108,8 @@ class Soak:
     async def _check_end(self) -> None:
         tally = self._load.tally
         self.violations += tally.wrong
-        if not tally.outcomes["right"]:
-            self.violations.append("nothing was answered")
+        if tally.num_errors or not tally.outcomes["right"]:
+            self.violations.append(f"clients got errors, or nothing: {dict(tally.outcomes)}")
         try:
             states = await self._cluster.wait_idle()
         except (AssertionError, TimeoutError) as error:
@@ -146,10 +147,10 @@ async def soak(folder: Path, seconds: float, seed: int, log: Path) -> list[str]:
     model: Any = tiny_model("llama")
     model_folder = folder / "model"
     tiny_model("llama").save_pretrained(model_folder)
-    items = greedy_items(model, 32, seed)
+    items = greedy_items(model, NUM_GREEDY, seed)
     with nursery(log) as forks:
         async with cluster(forks, model_folder, folder) as opened:
-            items += await seeded_items(opened.backend, 16, seed + 1)
+            items += await seeded_items(opened.backend, NUM_SEEDED, seed + 1)
             run = Soak(opened, Load(opened.backend, items, CANCEL_RATE, seed), seconds, seed)
             await run.run()
             return run.violations
