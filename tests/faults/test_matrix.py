@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from fault_cells import Cell, Kind, all_cells
+from fault_cells import Cell, Kind, Step, all_cells
 from fault_scene import MAX_TOKENS, OTHER_PROMPT, PROMPT, Scene
 from tiny_models import oracle, tiny_model
 
@@ -36,13 +36,14 @@ def test_every_fault_is_survived_counted_and_leaves_nothing(
 
 def _check_counters(scene: Scene, path: str) -> None:
     cell, (spare, _) = scene.cell, scene.crew.spares
+    at_end = cell.step is Step.END
     counters = scene.crew.decode.generate.receiver.counters()
     assert (scene.num_failed_attempts > 0) == (cell.outcome == "again")
     assert (scene.num_replays > 0) == (cell.outcome == "moved")
-    assert scene.num_fallbacks == 0
-    assert path == "remote"
-    if cell.outcome == "again":
-        assert spare.engine.stats.num_prompt_tokens > 0
+    if not cell.times_out:  # there the spare, too, may be too slow on a busy machine
+        assert (scene.num_fallbacks, path) == (0, "remote")
+        # At the end all may have arrived before the fault.
+        assert cell.outcome != "again" or spare.engine.stats.num_prompt_tokens or at_end
     if cell.discarded is not None:
         assert cell.discarded in counters.discarded_segments
     if cell.kind in (Kind.DELAY, Kind.SLOW_READER):

@@ -17,7 +17,7 @@ from antiphon.messages import Role, SamplingParams
 from antiphon.workers.batch import Batch
 from antiphon.workers.worker import Worker
 
-ANSWER_SECONDS = 10.0  # within which every client has an answer or an error
+ANSWER_SECONDS = 20.0  # within which every client has an answer or an error
 DELAY_SECONDS = 0.1
 SILENCE_SECONDS = 0.4  # after which decode gives a prefill worker up, in cells that are about that
 SLOW_READ_SECONDS = 0.02
