@@ -27,7 +27,17 @@ from antiphon.workers.handoff.sender import HandoffSender
 
 Action = tuple[str, int, int]
 HARMLESS = ("open", "open", "push", "push", "push", "finish", "pass turns")
-HARMFUL = ("abort", "cancel", "cancel", "break link", "restart sender", "restart receiver")
+WATCHFUL = ("await read", "await write")
+HARMFUL = (
+    "abort",
+    "cancel",
+    "cancel",
+    "break link",
+    "restart sender",
+    "restart receiver",
+    "stall read",
+    "stall write",
+)
 FAULTS = [fault for fault in Fault if fault is not Fault.HOLD]  # any send may take any time anyway
 
 
@@ -58,15 +68,24 @@ class Schedule:
 
 def play(world: World, program: Sequence[Action]) -> None:
     for kind, which, amount in program:
-        for _ in range(amount):
+        for _ in range(which if kind in HARMLESS else 0):
             world.turns.pause()
-        open_now = world.open_transfers
+        picked = world.pick(which)
         match kind:
             case "open":
-                world.open(1 + which % MAX_BLOCKS, amount - 1)
+                if opened := world.open(1 + which % MAX_BLOCKS, amount // 3):
+                    world.push(opened, amount)
             case "pass turns":
                 for _ in range(10 * amount):
                     world.turns.pause()
+            case "await read":  # so that what comes next gets in the middle of it
+                world.turns.catch(lambda: world.source.reading_for is not None, amount)
+            case "await write":
+                world.turns.catch(lambda: world.target.writing_for is not None, amount)
+            case "stall read":
+                world.source.stall_seconds = amount
+            case "stall write":
+                world.target.stall_seconds = amount
             case "pass time":
                 world.turns.sleep(amount / 2)
             case "break link":
@@ -75,14 +94,14 @@ def play(world: World, program: Sequence[Action]) -> None:
                 world.restart_sender()
             case "restart receiver":
                 world.restart_receiver()
-            case "push" if open_now:
-                world.push(open_now[which % len(open_now)], amount)
-            case "finish" if open_now:
-                world.finish(open_now[which % len(open_now)])
-            case "abort" if open_now:
-                world.abort(open_now[which % len(open_now)])
-            case "cancel" if open_now:
-                world.cancel(open_now[which % len(open_now)])
+            case "push" if picked:
+                world.push(picked, amount)
+            case "finish" if picked:
+                world.finish(picked)
+            case "abort" if picked:
+                world.abort(picked)
+            case "cancel" if picked:
+                world.cancel(picked)
             case _:
                 pass  # nothing is open that it could be done to
 
@@ -95,10 +114,10 @@ def explore(schedule: Schedule, program: Sequence[Action], faults: dict[int, Fau
         return world
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     schedule=schedules(),
-    program=programs(*HARMLESS, *HARMFUL, "pass time"),
+    program=programs(*HARMLESS, *HARMFUL, *WATCHFUL, "pass time"),
     faults=st.dictionaries(st.integers(0, 30), st.sampled_from(FAULTS), max_size=3),
 )
 def test_whatever_happens_blocks_stay_right_and_every_transfer_ends_once(
@@ -137,26 +156,26 @@ def _done_before_the_link_let_go(self: HandoffSender, transfer_id: str, reason: 
 
 
 @pytest.mark.parametrize(
-    ("owner", "method", "bug"),
+    ("owner", "method", "bug", "kind"),
     [
-        (Incoming, "fence", _fence_without_lock),
-        (Incoming, "take", _take_when_dead),
-        (Incoming, "_check", lambda *_: None),
-        (Incoming, "check_end", lambda *_: None),
-        (HandoffSender, "abort", _done_before_the_link_let_go),
+        (Incoming, "fence", _fence_without_lock, "cancel"),
+        (Incoming, "take", _take_when_dead, "cancel"),
+        (Incoming, "_check", lambda *_: None, "open"),
+        (Incoming, "check_end", lambda *_: None, "open"),
+        (HandoffSender, "abort", _done_before_the_link_let_go, "abort"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_the_search_finds_bugs_that_are_planted(
-    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, bug: Callable[..., object]
+    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, bug: Callable[..., object], kind: str
 ) -> None:
     monkeypatch.setattr(owner, method, bug)
     rng = random.Random(0)
-    assert any(_goes_wrong(seed, rng) for seed in range(400))
+    kinds = [*HARMLESS, *HARMFUL, *WATCHFUL, *[kind] * 3]
+    assert any(_goes_wrong(seed, rng, kinds) for seed in range(1000))
 
 
-def _goes_wrong(seed: int, rng: random.Random) -> bool:
-    kinds = [*HARMLESS, *HARMFUL]
+def _goes_wrong(seed: int, rng: random.Random, kinds: list[str]) -> bool:
     program = [(rng.choice(kinds), rng.randrange(8), rng.randint(1, 12)) for _ in range(20)]
     try:
         explore(Schedule(seed, 0.3), program, {rng.randrange(20): rng.choice(FAULTS)})

@@ -3,31 +3,32 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import Coroutine
 from typing import Any
 
-import httpx
 import pytest
 from crew import total, watch
 from msgspec import structs
 from pools import Client, assert_idle, peer_of, start, until
-from scripted_backend import CharTokenizer
 from tiny_models import oracle, tiny_model
+from two_pools import (
+    CHUNK_TOKENS,
+    SLOW_STEP_SECONDS,
+    backend_over,
+    close,
+    fail_step,
+    generate,
+    http_client,
+    pair,
+)
 
-from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
-from antiphon.deployment.cluster_backend import ClusterBackend
-from antiphon.deployment.http_app import create_app
-from antiphon.messages import PrefillPeer, Role, SamplingParams
-from antiphon.metrics import Metrics
-from antiphon.workers.batch import Batch
+from antiphon.config import EngineConfig, HandoffConfig
+from antiphon.messages import PrefillPeer, Role
 from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.worker import Worker
 
 PROMPT = [5 + i for i in range(45)]
 OTHER_PROMPT = [120 - i for i in range(45)]
-CHUNK_TOKENS = 16
-SLOW_STEP_SECONDS = 0.02
 BODY = {"model": "tiny", "prompt": "tell me more about it", "max_tokens": 8, "temperature": 0}
 
 
@@ -38,60 +39,6 @@ def model() -> Any:
 
 def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 60))
-
-
-async def pair(
-    model: Any, plan: FaultPlan | None = None, num_blocks: int = 64, **engine: Any
-) -> tuple[Worker, Worker, Client]:
-    """A prefill worker that computes chunk by chunk, a decode worker, and a client of that one."""
-    network = MemoryNetwork()
-    prefill = await start(
-        Role.PREFILL,
-        model,
-        engine=EngineConfig(max_batch_tokens=CHUNK_TOKENS, **engine),
-        transport=MemoryTransport(network, "p", plan),
-    )
-    decode = await start(
-        Role.DECODE,
-        model,
-        engine=EngineConfig(**engine),
-        num_blocks=num_blocks,
-        transport=MemoryTransport(network, "d"),
-    )
-    return prefill, decode, await Client.connect(decode)
-
-
-async def backend_over(*workers: Worker) -> ClusterBackend:
-    """An ingress's backend that is connected to these workers and does not wait for others."""
-    config = RouterConfig(local_prefill_max_tokens=0, replay_wait_seconds=0)
-    roles = {worker.card.role for worker in workers}
-    backend = ClusterBackend("tiny", config, roles, Metrics("ingress"))
-    for role in roles:
-        cards = [worker.card for worker in workers if worker.card.role is role]
-        backend.set_workers(role, {card.replica_id: card for card in cards})
-    await until(lambda: all(backend._view.get(w.card.incarnation) for w in workers))
-    return backend
-
-
-async def close(*closing: Any) -> None:
-    for one in closing:
-        await one.close()
-
-
-def http_client(backend: ClusterBackend) -> httpx.AsyncClient:
-    app = create_app(backend, CharTokenizer(), max_concurrent_requests=16)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
-
-
-def fail_step(number: int) -> Callable[[Batch], None]:
-    """For ``watch``: every step from this one on fails."""
-    steps = iter(range(1_000_000))
-
-    def on_step(batch: Batch) -> None:
-        if next(steps) >= number:
-            raise RuntimeError("out of memory")
-
-    return on_step
 
 
 def test_a_late_write_cannot_reach_blocks_that_were_given_to_another_request(model: Any) -> None:
@@ -203,13 +150,6 @@ def test_a_restarted_worker_under_the_old_name_is_a_stranger(model: Any, role: R
     run(scenario())
 
 
-async def generate(backend: ClusterBackend, prompt: list[int], max_tokens: int = 8) -> list[int]:
-    tokens: list[int] = []
-    async for output in backend.generate("r", prompt, SamplingParams(max_tokens, temperature=0)):
-        tokens += output.token_ids
-    return tokens
-
-
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("num_steps", [0, 3])
 def test_no_failure_is_answered_as_a_success(model: Any, streams: bool, num_steps: int) -> None:
@@ -284,13 +224,8 @@ def test_a_full_decode_worker_says_so_at_once_and_holds_up_no_prefill(model: Any
         network = MemoryNetwork()
         prefill = await start(Role.PREFILL, model, transport=MemoryTransport(network, "p"))
         engine = EngineConfig(max_waiting_requests=2, prefix_cache=False)
-        full = await start(
-            Role.DECODE,
-            model,
-            engine=engine,
-            num_blocks=16,
-            transport=MemoryTransport(network, "d"),
-        )
+        here = MemoryTransport(network, "d")
+        full = await start(Role.DECODE, model, engine=engine, num_blocks=16, transport=here)
         other = await start(Role.DECODE, model, transport=MemoryTransport(network, "e"))
         client, neighbour = await Client.connect(full), await Client.connect(other)
         watch(full, lambda batch: time.sleep(SLOW_STEP_SECONDS))
@@ -317,21 +252,14 @@ def test_work_for_a_client_that_has_left_stops_on_both_pools(model: Any) -> None
     """Prefill was never told that the client is gone and computed on (Ray Serve LLM)."""
 
     async def scenario() -> None:
-        prefill, decode = await start(
-            Role.PREFILL, model, engine=EngineConfig(max_batch_tokens=CHUNK_TOKENS)
-        ), await start(Role.DECODE, model)  # fmt: skip
+        chunks = EngineConfig(max_batch_tokens=CHUNK_TOKENS)
+        prefill = await start(Role.PREFILL, model, engine=chunks)
+        decode = await start(Role.DECODE, model)
         backend = await backend_over(prefill, decode)
         watch(prefill, lambda batch: time.sleep(SLOW_STEP_SECONDS))
         prompt = [5 + i % 100 for i in range(400)]
 
-        async def ask() -> None:
-            async with aclosing(
-                backend.generate("r", prompt, SamplingParams(8, temperature=0))
-            ) as outputs:
-                async for _ in outputs:
-                    pass
-
-        asking = asyncio.create_task(ask())
+        asking = asyncio.create_task(generate(backend, prompt))
         await until(lambda: prefill.engine.stats.num_prompt_tokens >= 2 * CHUNK_TOKENS)
         asking.cancel()
         await asyncio.wait({asking})

@@ -1,18 +1,12 @@
 """A sender and a receiver on stepped threads, watched from both ends of every transfer.
 
-Blocks are few and change hands all the time. A target block belongs to a transfer from ``open``
-until the receiver has reported its end or ``cancel`` has returned. A write is only right if it
-brings what the owner of the block is to get there. A source block is overwritten the moment that
-the sender reports the transfer's end, and must not be read after that.
+Blocks are few and change hands all the time; ``owned_blocks`` says when an access is wrong.
 """
 
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-from handoff_pair import BLOCK_SIZE, BYTES_PER_TOKEN, WIRE, FakeStore
-from torch import Tensor
+from handoff_pair import BLOCK_SIZE, BYTES_PER_TOKEN, WIRE
+from owned_blocks import NUM_SOURCE_BLOCKS, SourceStore, TargetStore, Transfer
 from turns import Turns
 
 from antiphon.errors import AntiphonError, HandoffError
@@ -21,95 +15,10 @@ from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, Mem
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 
-NUM_TARGET_BLOCKS = 7
-NUM_SOURCE_BLOCKS = 24
 MAX_BLOCKS = 3  # of a transfer
 SETTLE_SECONDS = 100.0  # on the stepped clock; far beyond every time-out below
 RECEIVER_LIMITS = ReceiverLimits(timeout_seconds=5, io_timeout_seconds=2, max_pending=4)
 SENDER_LIMITS = SenderLimits(timeout_seconds=3, segment_bytes=3 * BYTES_PER_TOKEN)
-
-
-@dataclass(eq=False)
-class Transfer:
-    """One transfer as both ends have reported it."""
-
-    transfer_id: str
-    source_table: list[int]
-    target_table: list[int]
-    expected: Tensor  # [tokens of the whole table, bytes]
-    start: int
-    end: int
-    sender: HandoffSender
-    num_pushed: int
-    error: Exception | None = None  # as the receiver reported it
-    num_completed: int = 0
-    num_done: int = 0
-    is_cancelled: bool = False
-    is_finished: bool = False
-
-    @property
-    def is_over(self) -> bool:
-        return self.num_done > 0 and (self.num_completed > 0 or self.is_cancelled)
-
-
-class SourceStore(FakeStore):
-    """Blocks that hold something only while a transfer may read them."""
-
-    def __init__(self, turns: Turns) -> None:
-        super().__init__(NUM_SOURCE_BLOCKS)
-        self.free = list(range(NUM_SOURCE_BLOCKS))
-        self.problems: list[str] = []
-        self._turns = turns
-        self._generator = torch.Generator().manual_seed(7)
-
-    def take(self, num_blocks: int) -> list[int]:
-        table = [self.free.pop(0) for _ in range(num_blocks)]
-        for block in table:
-            rows = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-            self.slots[rows].random_(1, 256, generator=self._generator)
-        return table
-
-    def give_back(self, table: list[int]) -> None:
-        self.slots[self.indices(table, 0, len(table) * BLOCK_SIZE)] = 0
-        self.free += table
-
-    def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
-        used = {block_table[token // BLOCK_SIZE] for token in range(start, end)}
-        self._turns.pause()
-        if used & set(self.free):
-            self.problems.append(f"tokens [{start}, {end}) were read after their transfer's end")
-        super().gather(block_table, start, end, out)
-
-
-class TargetStore(FakeStore):
-    """Blocks with an owner each, and no right to write for anybody else."""
-
-    def __init__(self, turns: Turns) -> None:
-        super().__init__(NUM_TARGET_BLOCKS)
-        self.owners: dict[int, Transfer] = {}
-        self.problems: list[str] = []
-        self._turns = turns
-
-    @property
-    def free(self) -> list[int]:
-        return [block for block in range(NUM_TARGET_BLOCKS) if block not in self.owners]
-
-    def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
-        rows = segment.view(end - start, -1)
-        for token in range(start, end):  # one at a time, and anybody may get in between
-            self._turns.pause()
-            block, offset = block_table[token // BLOCK_SIZE], token % BLOCK_SIZE
-            self._check(block, offset, rows[token - start])
-            self.slots[block * BLOCK_SIZE + offset] = rows[token - start]
-
-    def _check(self, block: int, offset: int, row: Tensor) -> None:
-        owner = self.owners.get(block)
-        if owner is None:
-            self.problems.append(f"block {block} was written and belongs to nobody")
-            return
-        token = owner.target_table.index(block) * BLOCK_SIZE + offset
-        if not owner.start <= token < owner.end or not owner.expected[token].equal(row):
-            self.problems.append(f"token {token} of a transfer got bytes of something else")
 
 
 class _Faults(dict[int, Fault]):
@@ -152,10 +61,22 @@ class World:
     def open_transfers(self) -> list[Transfer]:
         return [transfer for transfer in self.transfers if not transfer.is_over]
 
-    def open(self, num_blocks: int, start: int) -> None:
+    def pick(self, number: int) -> Transfer | None:
+        """The transfer that is being copied right now, or any open one."""
+        open_now = self.open_transfers
+        for each in open_now:
+            first_blocks = each.target_table[0], each.source_table[0]
+            if first_blocks[0] == self.target.writing_for or (
+                first_blocks[1] == self.source.reading_for
+            ):
+                return each
+        return open_now[number % len(open_now)] if open_now else None
+
+    def open(self, num_blocks: int, start: int) -> Transfer | None:
+        """Begin a transfer of that many blocks; None if there is no room, or no link."""
         free = self.target.free
         if num_blocks > len(free) or num_blocks > len(self.source.free):
-            return
+            return None
         source_table, target_table = self.source.take(num_blocks), free[:num_blocks]
         end = num_blocks * BLOCK_SIZE
         expected = self.source.tokens(source_table, 0, end).clone()
@@ -167,7 +88,7 @@ class World:
             self.target.owners[block] = transfer
         self.target.slots[self.target.indices(target_table, 0, end)] = 0
         self.transfers.append(transfer)
-        self._begin(transfer)
+        return transfer if self._begin(transfer) else None
 
     def push(self, transfer: Transfer, num_tokens: int) -> None:
         end = min(transfer.end, transfer.num_pushed + num_tokens)
@@ -209,6 +130,7 @@ class World:
     def settle(self) -> None:
         """Let everything end, close both ends, and check what must hold for every run."""
         for transfer in self.open_transfers:
+            self.push(transfer, transfer.end)
             self.finish(transfer)
         self.turns.wait(lambda: not self.open_transfers, SETTLE_SECONDS)
         assert not self.open_transfers, f"never ended: {self.open_transfers}"
@@ -238,7 +160,7 @@ class World:
         endpoint = Endpoint(transport, self.target, f"decode-{self._num_starts}", WIRE)
         return HandoffReceiver(endpoint, RECEIVER_LIMITS, self._on_complete)
 
-    def _begin(self, transfer: Transfer) -> None:
+    def _begin(self, transfer: Transfer) -> bool:
         table = transfer.target_table
         try:
             offer = self.receiver.offer(self._sender_name)
@@ -252,6 +174,8 @@ class World:
             self.transfers.remove(transfer)
             self._release(transfer)
             self.source.give_back(transfer.source_table)
+            return False
+        return True
 
     def _sever(self) -> None:
         for link in self.sender_transport.links:

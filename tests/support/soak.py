@@ -38,7 +38,7 @@ MAX_GROWTH_BYTES = 24 << 20  # per process: what allocators and caches of an int
 PAUSE_SECONDS = (0.5, 3.0)  # between two blows
 STOP_SECONDS = (0.2, 9.0)  # beyond what a hand-off and a heartbeat wait
 MAX_IDLE_TASKS = 40  # of a worker: its sessions, their readers and writers, a server
-MAX_IDLE_THREADS = 24
+MAX_IDLE_THREADS = 96  # of a worker: one for each of at most 64 links, and pools of threads
 
 
 class Soak:

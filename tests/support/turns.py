@@ -29,6 +29,7 @@ class Task:
         self.gate.acquire()
         self.ready: Callable[[], bool] = lambda: True
         self.deadline: float | None = None
+        self.comes_first = False
         self.is_done = False
 
     def can_run(self, now: float) -> bool:
@@ -70,6 +71,14 @@ class Turns:
             raise StuckError(self._stuck) if task is self._main else _Unwind
         return ready()
 
+    def catch(self, moment: Callable[[], bool], timeout: float) -> bool:
+        """Wait for a moment that may be short, and get the turn in it whatever the choices say."""
+        task = self._current
+        task.comes_first = True
+        caught = self.wait(moment, timeout)
+        task.comes_first = False
+        return caught
+
     def run(self, task: Task, target: Callable[[], None]) -> None:
         """What a thread does: wait for its first turn, work, leave."""
         task.gate.acquire()
@@ -107,6 +116,9 @@ class Turns:
             if not deadlines:
                 return self._give_up(f"deadlock of {[task.name for task in self._tasks]}")
             self.now = min(deadlines)
+        for task in able:
+            if task.comes_first and task.ready():
+                return task
         if last in able:
             able.remove(last)
             able.insert(0, last)
