@@ -37,6 +37,7 @@ HARMFUL = (
     "restart receiver",
     "stall read",
     "stall write",
+    "prewarm",
 )
 FAULTS = [fault for fault in Fault if fault is not Fault.HOLD]  # any send may take any time anyway
 
@@ -86,6 +87,8 @@ def play(world: World, program: Sequence[Action]) -> None:
                 world.source.stall_seconds = amount
             case "stall write":
                 world.target.stall_seconds = amount
+            case "prewarm":
+                world.prewarm()
             case "pass time":
                 world.turns.sleep(amount / 2)
             case "break link":

@@ -113,6 +113,20 @@ class Crew:
         """Those that were not killed."""
         return [worker for worker in self.workers if worker not in self.killed]
 
+    async def wait_prewarmed(self) -> None:
+        """Wait until every decode worker has a link to every prefill worker."""
+        ends = [
+            each.prefill._sender if each.prefill else each.generate.receiver
+            for each in self.workers
+        ]
+        await until(lambda: all(end.counters().links_made == 2 for end in ends))
+
+    async def unmake_links(self) -> None:
+        """Break the idle links of the preferred prefill worker, so that requests make new ones."""
+        for link in self.transports[Role.PREFILL].links:
+            link.close()
+        await until(lambda: self.decode.generate.receiver.num_links == 1)
+
     async def kill(self, worker: Worker) -> None:
         """End a worker as SIGKILL would: its links and sockets break, and nothing is said."""
         self.killed.append(worker)

@@ -10,6 +10,7 @@ from crew import CHUNK_TOKENS, Crew, total
 from fault_cells import Cell, Kind, Party, Step
 from faulty_transport import FaultyLink, Message, Send
 from pools import assert_idle
+from torch import Tensor
 
 from antiphon.config import HandoffConfig
 from antiphon.errors import AntiphonError
@@ -43,6 +44,7 @@ class Scene:
         self.crew = Crew(model, _handoff_config(cell))
         self.struck = threading.Event()
         self.errors: list[Exception] = []
+        self._is_armed = False  # links are made before the request, and nothing may strike then
         self._released = threading.Event()
         self._num_segments = 0  # sent
         self._num_steps = 0  # of the prefill worker
@@ -91,6 +93,10 @@ class Scene:
         return sum(total(worker.metrics, name, **ignored) for worker in decoding)
 
     async def _prepare(self) -> None:
+        await self.crew.wait_prewarmed()
+        if self.cell.step is Step.HANDSHAKE:
+            await self.crew.unmake_links()
+        self._is_armed = True
         at_ask = self.cell.step is Step.ASK
         if at_ask and self.cell.party is Party.LINK and self.cell.kind is not Kind.KILL:
             self.struck.set()  # the session must be there before it can fall silent
@@ -130,7 +136,7 @@ class Scene:
 
     def _on_send(self, step: Step, link: FaultyLink, message: Message, send: Send) -> None:
         cell = self.cell
-        if cell.kind is Kind.REORDER and not self.struck.is_set():
+        if cell.kind is Kind.REORDER and self._is_armed and not self.struck.is_set():
             self._reorder(step, message, send)
         elif cell.party is not Party.LINK or not self._is_struck_by(step):
             self._reach(step, Party.PREFILL, Party.DECODE)
@@ -149,7 +155,7 @@ class Scene:
     # The faults.
 
     def _is_struck_by(self, step: Step) -> bool:
-        if step is not self.cell.step or self.struck.is_set():
+        if step is not self.cell.step or self.struck.is_set() or not self._is_armed:
             return False
         self.struck.set()
         return True
@@ -189,7 +195,9 @@ class Scene:
             self._released.wait(seconds)
 
     def _impede_reader(self) -> None:
-        self._impeded = self.crew.transports[Role.DECODE].links
+        link_ids = {link.link_id for link in self.crew.transports[Role.PREFILL].links}
+        ends = self.crew.transports[Role.DECODE].links
+        self._impeded = [link for link in ends if link.link_id in link_ids]
         if self.cell.kind is Kind.DELAY:
             self._loop.call_soon_threadsafe(
                 self._loop.call_later, DELAY_SECONDS, self._released.set
@@ -225,9 +233,9 @@ class Scene:
                 send(message)
                 send(message)
             case Kind.CORRUPT_HEADER:
-                send([_flipped(message[0]), *message[1:]])
+                send([_flipped(message[0], 17), *message[1:]])
             case Kind.CORRUPT_PAYLOAD:
-                send([*message[:-1], _flipped(message[-1])])
+                send([*message[:-1], _flipped(message[-1], -1)])
 
     def _reorder(self, step: Step, message: Message, send: Send) -> None:
         """Let a segment overtake the one before it; END overtakes the last."""
@@ -249,14 +257,18 @@ class Scene:
             self._held = [tensor.clone() for tensor in message]
 
 
-def _flipped(tensor: Any) -> Any:
+def _flipped(tensor: Tensor, place: int) -> Tensor:
+    """A copy with a wrong bit: at place 17 in any header, at -1 in any payload."""
     damaged = tensor.clone()
-    damaged[tensor.numel() // 2] ^= 0x10
+    damaged[place] ^= 0x10
     return damaged
 
 
 def _handoff_config(cell: Cell) -> HandoffConfig:
-    return HandoffConfig(stall_seconds=SILENCE_SECONDS if cell.times_out else ANSWER_SECONDS)
+    return HandoffConfig(
+        stall_seconds=SILENCE_SECONDS if cell.times_out else ANSWER_SECONDS,
+        piece_bytes=0,  # of a tiny model all is less than any piece
+    )
 
 
 def _wait(condition: Callable[[], bool]) -> None:

@@ -3,7 +3,6 @@
 It reads the headers that pass, so faults are placed by what a message is and not by its number.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 from fault_cells import Step
 from torch import Tensor
 
-from antiphon.errors import LinkBrokenError, SegmentRejectedError
+from antiphon.errors import LinkBrokenError
 from antiphon.workers.handoff.segment import HEADER_BYTES, Header, Kind, as_bytes
-from antiphon.workers.handoff.transport import Link, Transport
+from antiphon.workers.handoff.transport import Link, Pending, Transport
 
 Message = Sequence[Tensor]
 Send = Callable[[Message], None]
@@ -26,39 +25,61 @@ def _send_as_it_is(step: Step, link: "FaultyLink", message: Message, send: Send)
     send(message)
 
 
-class FaultyLink:
+class _Sends:
+    """What became of one send: any number of them."""
+
+    def __init__(self, started: list[Pending]) -> None:
+        self._started = started
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """See ``Pending.wait``."""
+        for pending in self._started:
+            pending.wait(timeout_seconds)
+
+
+class _Receive:
+    def __init__(self, pending: Pending, on_received: Callable[[], None]) -> None:
+        self._pending = pending
+        self._on_received = on_received
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """See ``Pending.wait``."""
+        self._pending.wait(timeout_seconds)
+        self._on_received()
+
+
+class FaultyLink(Link):
     """One end of a link."""
 
-    def __init__(self, link: Link, on_send: OnSend, on_received: OnReceived) -> None:
+    def __init__(self, link_id: str, link: Link, on_send: OnSend, on_received: OnReceived) -> None:
+        self.link_id = link_id
         self._link = link
         self._on_send = on_send
         self._on_received = on_received
         self._step = Step.HANDSHAKE  # of the message that was sent last
         self._num_segments = 0
 
-    def send(self, tensors: Message, timeout_seconds: float) -> None:
-        """See ``Link.send``."""
+    def start_send(self, tensors: Message) -> Pending:
+        """See ``Link.start_send``."""
         self._look(tensors[0])
+        started: list[Pending] = []
 
         def send(message: Message) -> None:
-            self._link.send(message, timeout_seconds)
+            started.append(self._link.start_send(message))
 
         self._on_send(self._step, self, tensors, send)
+        return _Sends(started)
 
-    def recv(self, tensor: Tensor, timeout_seconds: float | None) -> None:
-        """See ``Link.recv``."""
-        self._link.recv(tensor, timeout_seconds)
-        self._on_received(self)
+    def start_recv(self, tensor: Tensor) -> Pending:
+        """See ``Link.start_recv``."""
+        return _Receive(self._link.start_recv(tensor), lambda: self._on_received(self))
 
     def close(self) -> None:
         """See ``Link.close``."""
         self._link.close()
 
     def _look(self, tensor: Tensor) -> None:
-        kind = None
-        if tensor.numel() == HEADER_BYTES:
-            with contextlib.suppress(SegmentRejectedError):  # then it is a payload of that size
-                kind = Header.unpack(as_bytes(tensor)).kind
+        kind = Header.unpack(as_bytes(tensor[:HEADER_BYTES])).kind
         if kind is Kind.DATA:
             self._step = Step.FIRST if self._num_segments == 0 else Step.MIDDLE
             self._num_segments += 1
@@ -93,11 +114,11 @@ class FaultyTransport:
 
     def accept(self, link_id: str, timeout_seconds: float) -> FaultyLink:
         """See ``Transport.accept``."""
-        return self._wrap(self._transport.accept(link_id, timeout_seconds))
+        return self._wrap(link_id, self._transport.accept(link_id, timeout_seconds))
 
     def connect(self, address: str, link_id: str, timeout_seconds: float) -> FaultyLink:
         """See ``Transport.connect``."""
-        return self._wrap(self._transport.connect(address, link_id, timeout_seconds))
+        return self._wrap(link_id, self._transport.connect(address, link_id, timeout_seconds))
 
     def sever(self) -> None:
         """Break every link without a word, and make no other: what a kill does to them."""
@@ -107,8 +128,8 @@ class FaultyTransport:
             link.close()
         self._transport.close()
 
-    def _wrap(self, link: Link) -> FaultyLink:
-        wrapped = FaultyLink(link, self._on_send, self._on_received)
+    def _wrap(self, link_id: str, link: Link) -> FaultyLink:
+        wrapped = FaultyLink(link_id, link, self._on_send, self._on_received)
         with self._lock:
             self._links.append(wrapped)
             is_severed = self._is_severed

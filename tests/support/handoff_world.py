@@ -3,6 +3,7 @@
 Blocks are few and change hands all the time; ``owned_blocks`` says when an access is wrong.
 """
 
+import contextlib
 import uuid
 
 from handoff_pair import BLOCK_SIZE, BYTES_PER_TOKEN, WIRE
@@ -18,7 +19,9 @@ from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 MAX_BLOCKS = 3  # of a transfer
 SETTLE_SECONDS = 100.0  # on the stepped clock; far beyond every time-out below
 RECEIVER_LIMITS = ReceiverLimits(timeout_seconds=5, io_timeout_seconds=2, max_pending=4)
-SENDER_LIMITS = SenderLimits(timeout_seconds=3, segment_bytes=3 * BYTES_PER_TOKEN)
+SENDER_LIMITS = SenderLimits(
+    timeout_seconds=3, segment_bytes=3 * BYTES_PER_TOKEN, piece_bytes=2 * BYTES_PER_TOKEN
+)
 
 
 class _Faults(dict[int, Fault]):
@@ -89,6 +92,13 @@ class World:
         self.target.slots[self.target.indices(target_table, 0, end)] = 0
         self.transfers.append(transfer)
         return transfer if self._begin(transfer) else None
+
+    def prewarm(self) -> None:
+        """Make a link before a transfer wants it."""
+        with contextlib.suppress(AntiphonError):  # it is a favour
+            if offer := self.receiver.prewarm(self._sender_name):
+                self.turns.pause()  # the offer travels
+                self.sender.prewarm(offer)
 
     def push(self, transfer: Transfer, num_tokens: int) -> None:
         end = min(transfer.end, transfer.num_pushed + num_tokens)

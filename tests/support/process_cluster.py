@@ -184,7 +184,7 @@ class ProcessCluster:
             model_folder=self._model_folder,
             model=ModelConfig(),
             engine=EngineConfig(kv_cache_bytes="1MiB", max_batch_tokens=budget),  # type: ignore[arg-type]
-            handoff=HandoffConfig(stall_seconds=GIVE_UP_SECONDS),
+            handoff=HandoffConfig(stall_seconds=GIVE_UP_SECONDS, piece_bytes="16KiB"),  # type: ignore[arg-type]
         )
 
 
