@@ -225,7 +225,7 @@ class ClientSession(_Channel):
         Raises:
             LinkBrokenError: The worker is unreachable, too slow, or speaks another protocol.
         """
-        http = aiohttp.ClientSession()
+        http, ws = aiohttp.ClientSession(), None
         try:
             async with asyncio.timeout(timeout):
                 ws = await http.ws_connect(
@@ -236,6 +236,8 @@ class ClientSession(_Channel):
                 card = _read_welcome(url, await ws.receive())
         except BaseException as error:  # cancelled, too: nothing may stay open
             await http.close()
+            if ws is not None:  # has no socket any more, but still holds aiohttp's connection
+                await ws.close()
             if isinstance(error, (OSError, TimeoutError, aiohttp.ClientError, msgspec.DecodeError)):
                 reason = str(error) or "timed out"
                 raise LinkBrokenError(f"no session with {url}: {reason}") from error

@@ -26,7 +26,7 @@ from antiphon.metrics import Metrics
 from antiphon.workers.start import WorkerSettings
 
 START_SECONDS = 60.0
-IDLE_SECONDS = 15.0  # within which every worker is idle after the last request
+IDLE_SECONDS = 30.0  # within which all are idle; a link may wait 10 s for a peer that was stopped
 GIVE_UP_SECONDS = 1.5  # a prefill worker that sends nothing for this long is given up
 
 
