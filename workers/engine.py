@@ -21,6 +21,7 @@ from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.request import PrefillPath, Request
 from antiphon.workers.scheduler import Scheduler, SchedulerConfig
+from antiphon.workers.step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +74,21 @@ class Engine:
         runner: Model and cache.
         config: Bounds of the scheduler.
         listener: Where reports go.
+        target_itl_seconds: Prompts get what running streams leave of it; None: the whole budget.
     """
 
     def __init__(
-        self, runner: ModelRunner, config: SchedulerConfig, listener: EngineListener
+        self,
+        runner: ModelRunner,
+        config: SchedulerConfig,
+        listener: EngineListener,
+        target_itl_seconds: float | None = None,
     ) -> None:
         self.stats = EngineStats()
         self._runner = runner
-        self._scheduler = Scheduler(
-            config, BlockPool(runner.cache.num_blocks, runner.cache.block_size)
-        )
+        self._step_times = StepTimes(target_itl_seconds)
+        pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size)
+        self._scheduler = Scheduler(config, pool, self._step_times.prompt_limit)
         self._listener = listener
         # Each has one writer; their difference is what waits to be applied.
         self._num_added = self._num_entered = 0
@@ -139,6 +145,9 @@ class Engine:
 
     def load(self, scheduler: Scheduler) -> Load:
         """How busy the engine is; on the engine thread only."""
+        prompt_tokens, prompt_gap = self._step_times.prompt_step(
+            scheduler.num_decoding, scheduler.config.max_batch_tokens
+        )
         return Load(
             num_running=scheduler.num_running + scheduler.num_awaiting_kv,
             num_waiting=scheduler.num_waiting,
@@ -146,6 +155,14 @@ class Engine:
             num_queued_tokens=scheduler.num_queued_tokens,
             prefill_tokens_per_second=self.stats.prefill_tokens_per_second,
             decode_step_seconds=self.stats.decode_step_seconds,
+            num_streams=scheduler.num_streams,
+            num_decoding=scheduler.num_decoding,
+            decode_base_seconds=self._step_times.base_seconds,
+            decode_stream_seconds=self._step_times.stream_seconds,
+            token_gap_seconds=self._step_times.token_gap_seconds,
+            prompt_gap_seconds=prompt_gap,
+            prompt_gap_tokens=prompt_tokens,
+            prompt_share=self._step_times.prompt_share(time.monotonic()),
         )
 
     def _loop(self) -> None:
@@ -232,7 +249,7 @@ class Engine:
             if c.samples and not c.request.output_token_ids
         }
         self._scheduler.complete(batch, token_ids, started)
-        self._measure(batch, now - started)
+        self._measure(batch, now - started, now)
         self._report(batch, token_ids, first_tokens, now)
 
     def _is_abandoned(self, batch: Batch) -> bool:
@@ -274,12 +291,12 @@ class Engine:
             self._scheduler.abort(request.request_id, keep_blocks=request.is_prefill_only)
             self._listener.on_refused(request.request_id, error)
 
-    def _measure(self, batch: Batch, seconds: float) -> None:
+    def _measure(self, batch: Batch, seconds: float, now: float) -> None:
         stats = self.stats
         num_sampled = sum(chunk.samples for chunk in batch.chunks)
-        num_prompt = sum(
-            c.num_tokens for c in batch.chunks if not (c.samples and c.num_tokens == 1)
-        )
+        num_decoding = sum(chunk.samples and chunk.num_tokens == 1 for chunk in batch.chunks)
+        num_prompt = sum(chunk.num_tokens for chunk in batch.chunks) - num_decoding
+        self._step_times.record(num_decoding, num_prompt, seconds, now)
         stats.num_steps += 1
         stats.step_failures_in_a_row = 0
         stats.num_generated_tokens += num_sampled

@@ -3,7 +3,8 @@
 One scheduler serves all roles. A decode step, a chunk of a prompt and the recomputation after a
 preemption are the same thing in different amounts: ``num_computed_tokens`` catches up with
 ``num_tokens``. Decode steps come first and always run, so running streams don't stall; prompts
-share the rest of the budget, packed without padding.
+share the rest of the budget, packed without padding. A limit that depends on the number of decode
+steps may narrow what prompts get beside them.
 
 Blocks for a whole prompt are taken at admission, all or nothing; only output grows. When it cannot
 grow, the youngest generating request is preempted and later recomputed. A request whose KV comes
@@ -13,7 +14,7 @@ Pure Python: no torch, no threads, no clock of its own. A step is ``schedule`` t
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from antiphon.errors import WorkerBusyError
@@ -34,11 +35,24 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """First come, first served; the oldest request always makes progress."""
+    """First come, first served; the oldest request always makes progress.
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+    Args:
+        config: Bounds.
+        pool: Whose blocks are handed out.
+        prompt_limit: Prompt tokens that a step may have beside a number of decode steps; None: as
+            many as the budget holds.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        prompt_limit: Callable[[int], int | None] = lambda _: None,
+    ) -> None:
         self.config = config
         self.pool = pool
+        self._prompt_limit = prompt_limit
         self._requests: dict[str, Request] = {}
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._running: dict[str, Request] = {}  # in order of admission
@@ -60,6 +74,16 @@ class Scheduler:
     def num_awaiting_kv(self) -> int:
         """Requests whose blocks are reserved for KV from elsewhere."""
         return sum(r.status is RequestStatus.AWAITING_KV for r in self._requests.values())
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that sample: waiting, awaiting KV or running."""
+        return sum(not r.is_prefill_only for r in self._requests.values())
+
+    @property
+    def num_decoding(self) -> int:
+        """Requests that get a token in every step."""
+        return sum(r.is_decoding for r in self._running.values())
 
     @property
     def num_queued_tokens(self) -> int:
@@ -137,7 +161,7 @@ class Scheduler:
         self._grow_running()
         self._admit_waiting()
         decoding = [r for r in self._running.values() if r.is_decoding]
-        budget = self.config.max_batch_tokens - len(decoding)
+        budget = self._prompt_budget(len(decoding))
         chunks = [Chunk(r, r.num_computed_tokens, 1, True) for r in decoding]
         for request in self._running.values():
             if request.is_decoding:
@@ -196,6 +220,11 @@ class Scheduler:
         for request in self._running.values():
             assert request.status is RequestStatus.RUNNING
             assert request.num_computed_tokens <= len(request.block_table) * self.pool.block_size
+
+    def _prompt_budget(self, num_decoding: int) -> int:
+        budget = self.config.max_batch_tokens - num_decoding
+        limit = self._prompt_limit(num_decoding)
+        return budget if limit is None else min(budget, limit)
 
     def _grow_running(self) -> None:
         """Give every running request room for its next token, preempting the youngest."""

@@ -162,6 +162,16 @@ class RouterConfig(_Section):
         description="A stream that lost its worker waits this long for another one with room; "
         "then it ends with an error.",
     )
+    target_ttft_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Wanted time to the first token. Where a pair would miss it, a decode worker "
+        "may compute the prompt.",
+    )
+    target_itl_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Wanted time between two tokens. Where decode would miss it, a prefill worker "
+        "may generate; and prompts get only the part of a step that running streams leave.",
+    )
 
 
 class HttpConfig(_Section):

@@ -103,6 +103,14 @@ class Load(msgspec.Struct, frozen=True):
     prefill_tokens_per_second: float  # measured; 0 before the first step
     decode_step_seconds: float  # measured; 0 before the first step
     is_draining: bool = False  # it takes nothing new and will stop
+    num_streams: int = 0  # requests that sample, from their arrival to their last token
+    num_decoding: int = 0  # of those, the ones that get a token in every step
+    decode_base_seconds: float = 0.0  # of a step without prompt tokens; 0 before the first
+    decode_stream_seconds: float = 0.0  # what each stream adds to it
+    token_gap_seconds: float = 0.0  # recent steps with streams, whatever else they computed
+    prompt_gap_seconds: float = 0.0  # a step of those, at least one, and all prompt it may have
+    prompt_gap_tokens: int = 0  # how much prompt that is
+    prompt_share: float = 0.0  # of the last seconds, spent on prompt tokens
 
 
 # client -> worker

@@ -1,0 +1,106 @@
+import pytest
+
+from antiphon.workers.step_times import StepTimes
+
+
+def learned(target: float | None = 0.2) -> StepTimes:
+    """Steps of 40 ms, 10 ms more for each stream, 2 ms for each prompt token; ends at 100 s."""
+    times = StepTimes(target)
+    now = 0.0
+    for _ in range(60):
+        for num_streams in (1, 4, 8, 2):
+            now += 0.1
+            times.record(num_streams, 0, 0.04 + 0.01 * num_streams, now)
+    for _ in range(40):
+        now += 0.2
+        times.record(4, 20, 0.08 + 0.04, now)
+    return times
+
+
+def test_a_step_is_a_base_and_so_much_for_each_stream() -> None:
+    times = learned()
+    assert times.base_seconds == pytest.approx(0.04, rel=0.1)
+    assert times.stream_seconds == pytest.approx(0.01, rel=0.1)
+    assert times.decode_seconds(16) == pytest.approx(0.2, rel=0.05)
+
+
+def test_nothing_is_known_at_first_and_one_step_gives_a_modest_slope() -> None:
+    times = StepTimes(0.2)
+    assert times.decode_seconds(8) == 0.0
+    assert times.prompt_step(8, 128) == (0, 0.0)
+    times.record(2, 0, 0.06, 1.0)
+    assert times.decode_seconds(2) == pytest.approx(0.06)
+    assert 0.06 < times.decode_seconds(4) < 0.12
+
+
+def test_equal_batches_keep_the_prior_slope_and_no_slope_is_negative() -> None:
+    times = StepTimes()
+    for step in range(300):
+        times.record(8, 0, 0.1 + 0.02 * (step % 2), step * 0.1)
+    assert times.decode_seconds(8) == pytest.approx(0.11, rel=0.05)
+    assert times.stream_seconds > 0
+    for step in range(300):
+        times.record(1 + step % 8, 0, 0.2 - 0.01 * (step % 8), 40 + step * 0.1)
+    assert times.stream_seconds == 0.0
+    assert times.base_seconds > 0
+
+
+def test_prompts_get_what_the_streams_leave_of_the_target() -> None:
+    times = learned(target=0.2)
+    # 0.9 x 200 ms less 80 ms of decode leave 100 ms, at 2 ms a token.
+    assert times.prompt_limit(4) == pytest.approx(50, abs=3)
+    assert times.prompt_limit(8) == pytest.approx(30, abs=3)
+    tokens, seconds = times.prompt_step(4, 128)
+    assert tokens == times.prompt_limit(4)
+    assert seconds == pytest.approx(0.18, rel=0.05)
+    assert times.prompt_step(4, 24)[0] == 20  # the budget of a step binds first
+
+
+def test_a_prompt_moves_on_however_many_streams_there_are() -> None:
+    times = learned(target=0.1)
+    assert times.decode_seconds(30) > 0.1
+    assert times.prompt_limit(30) == times.prompt_limit(60) == 16
+
+
+def test_nothing_is_limited_without_target_or_streams_or_knowledge() -> None:
+    assert learned(target=None).prompt_limit(8) is None
+    assert learned().prompt_limit(0) is None
+    assert StepTimes(0.1).prompt_limit(4) is None
+
+
+def test_prompt_tokens_beside_streams_count_over_those_of_a_step_of_their_own() -> None:
+    times = StepTimes(0.2)
+    times.record(2, 0, 0.05, 0.1)
+    times.record(0, 100, 0.1, 0.2)
+    assert times.prompt_limit(2) == pytest.approx(130, abs=1)  # 130 ms at 1 ms a token
+    times.record(2, 10, 0.1, 0.4)  # 5 ms a token
+    assert times.prompt_limit(2) == pytest.approx(26, abs=1)
+    times.record(0, 100, 0.1, 0.5)
+    assert times.prompt_limit(2) == pytest.approx(26, abs=1)
+
+
+def test_the_share_of_prompt_work_follows_the_last_seconds() -> None:
+    times = StepTimes()
+    times.record(1, 0, 0.1, 0.1)
+    for step in range(300):  # half of every step is prompt
+        times.record(1, 50, 0.2, 0.3 + 0.2 * step)
+    assert times.prompt_share(60.1) == pytest.approx(0.5, abs=0.05)
+    for step in range(100):
+        times.record(1, 0, 0.1, 60.2 + 0.1 * step)
+    assert times.prompt_share(70.2) < 0.1
+    times.record(0, 100, 5.0, 80.0)
+    assert times.prompt_share(80.0) > 0.6
+    assert times.prompt_share(100.0) < 0.02  # idle since
+
+
+def test_the_gap_between_tokens_counts_steps_with_streams_alone() -> None:
+    times = StepTimes()
+    times.record(0, 100, 3.0, 3.0)
+    assert times.token_gap_seconds == 0.0
+    for step in range(100):
+        times.record(2, 8 * (step % 2), 0.1 + 0.1 * (step % 2), 4 + 0.2 * step)
+    # Twice as long, a step is seen by twice as much time: (0.1^2 + 0.2^2) / 0.3.
+    assert times.token_gap_seconds == pytest.approx(1 / 6, rel=0.05)
+    before = times.token_gap_seconds
+    times.record(0, 100, 3.0, 30.0)
+    assert times.token_gap_seconds == before
