@@ -56,6 +56,7 @@ class WorkerReplica:
             model=parsed.model,
             engine=parsed.pools[role].engine,
             handoff=parsed.handoff,
+            target_itl_seconds=parsed.router.target_itl_seconds,
         )
         self._drain_seconds = parsed.pools[role].drain_seconds
         self.worker = await start_worker(settings)

@@ -1,12 +1,12 @@
-"""The counters of a worker's end of the hand-off for Prometheus, read when it scrapes."""
+"""The counters of a worker's ends of hand-offs for Prometheus, read when it scrapes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from antiphon.workers.handoff.counters import HandoffCounters
+from antiphon.workers.handoff.counters import HandoffCounters, total
 
 
 class HandoffEnd(Protocol):
@@ -25,16 +25,16 @@ class HandoffCollector(Collector):
 
     Args:
         role: Label of every sample.
-        end: Of the worker; read from the scraping thread.
+        ends: Of the worker, counted together; read from the scraping thread.
     """
 
-    def __init__(self, role: str, end: HandoffEnd) -> None:
+    def __init__(self, role: str, ends: Sequence[HandoffEnd]) -> None:
         self._role = role
-        self._end = end
+        self._ends = ends
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family per counter, then the gauges."""
-        counts = self._end.counters()
+        counts = total(end.counters() for end in self._ends)
         totals = {
             "bytes": ("KV bytes sent or accepted.", counts.sent_bytes + counts.received_bytes),
             "segments": ("Segments sent or accepted.", counts.segments),
@@ -60,8 +60,9 @@ class HandoffCollector(Collector):
         for reason, value in counts.discarded_segments.items():
             discarded.add_metric([self._role, reason], value)
         yield discarded
+        num_links = sum(end.num_links for end in self._ends)
         gauges = {
-            "links": ("Links that are offered, open or being made.", self._end.num_links),
+            "links": ("Links that are offered, open or being made.", num_links),
             "staging_bytes": ("Memory in which segments wait.", counts.staging_bytes),
         }
         for name, (text, value) in gauges.items():

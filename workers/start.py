@@ -5,6 +5,7 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ from antiphon.workers.prewarm import LinkPrewarmer
 from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.scheduler import SchedulerConfig
 from antiphon.workers.session import SessionServer
-from antiphon.workers.worker import Worker
+from antiphon.workers.worker import Closer, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class WorkerSettings:
     model: ModelConfig
     engine: EngineConfig
     handoff: HandoffConfig
+    target_itl_seconds: float | None = None  # of the router; prefill workers generate under one
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,8 @@ def load(settings: WorkerSettings) -> Loaded:
         )  # fmt: skip
     cache = KVCache(layout, num_blocks, engine.block_size, device, kernels)
     runner = ModelRunner(model, cache)
-    if kernels.captures_graphs and engine.cuda_graphs and settings.role is not Role.PREFILL:
+    generates = settings.role is not Role.PREFILL or settings.target_itl_seconds is not None
+    if kernels.captures_graphs and engine.cuda_graphs and generates:
         _capture_graphs(runner, engine)
     logger.info("loaded %s in %.1f s", settings.model_folder, time.monotonic() - started_at)
     return Loaded(runner, fingerprint(settings.model_folder), max_context_tokens)
@@ -158,14 +161,15 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
         loaded.runner,
         _scheduler_config(settings, loaded.runner.model.device),
         worker,
+        settings.target_itl_seconds,
     )
     metrics.registry.register(EngineCollector(card.role, engine.stats))
     endpoint = Endpoint(transport, loaded.runner.cache, card.incarnation, _wire_format(loaded))
     limits = RequestLimits(card.max_context_tokens, loaded.runner.model.config.vocab_size)
-    if settings.role is Role.PREFILL:
-        _run_prefill(worker, engine, endpoint, settings.handoff, limits)
-    else:
-        _run_generate(worker, engine, endpoint, settings.handoff, limits)
+    sender, prefill = _prefill_service(engine, endpoint, settings.handoff, limits)
+    closers, generate = _generate_service(worker, engine, endpoint, settings.handoff, limits)
+    metrics.registry.register(HandoffCollector(card.role, [sender, generate.receiver]))
+    worker.run(engine, generate, prefill, [*closers, sender.close])
     kv_gib = card.num_blocks * card.block_size * card.kv_bytes_per_token / 2**30
     logger.info(
         "%s worker ready at %s: KV cache of %d blocks of %d tokens (%.2f GiB), context %d",
@@ -174,13 +178,9 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
     return worker
 
 
-def _run_prefill(
-    worker: Worker,
-    engine: Engine,
-    endpoint: Endpoint,
-    handoff: HandoffConfig,
-    limits: RequestLimits,
-) -> None:
+def _prefill_service(
+    engine: Engine, endpoint: Endpoint, handoff: HandoffConfig, limits: RequestLimits
+) -> tuple[HandoffSender, PrefillService]:
     service: PrefillService
 
     def on_done(transfer_id: str, error: Exception | None, size: int, seconds: float) -> None:
@@ -188,18 +188,17 @@ def _run_prefill(
 
     sender_limits = SenderLimits(max_links=handoff.max_links, piece_bytes=handoff.piece_bytes)
     sender = HandoffSender(endpoint, sender_limits, on_done)
-    worker.metrics.registry.register(HandoffCollector(worker.card.role, sender))
     service = PrefillService(engine, sender, limits)
-    worker.run(engine, service, [sender.close])
+    return sender, service
 
 
-def _run_generate(
+def _generate_service(
     worker: Worker,
     engine: Engine,
     endpoint: Endpoint,
     handoff: HandoffConfig,
     limits: RequestLimits,
-) -> None:
+) -> tuple[Sequence[Closer], GenerateService]:
     receiver_limits = ReceiverLimits(
         timeout_seconds=handoff.timeout_seconds,
         max_links=handoff.max_links,
@@ -211,7 +210,6 @@ def _run_generate(
         client.on_transfer_ended(transfer_id, num_tokens, error)
 
     receiver = HandoffReceiver(endpoint, receiver_limits, on_done)
-    worker.metrics.registry.register(HandoffCollector(worker.card.role, receiver))
     peers = Peers(worker.card.incarnation)
     client = PrefillClient(receiver, peers, handoff.stall_seconds)
     generate_limits = GenerateLimits(
@@ -221,7 +219,7 @@ def _run_generate(
     )
     service = GenerateService(engine, client, worker.metrics, generate_limits)
     worker.prewarmer = prewarmer = LinkPrewarmer(client, worker.metrics)
-    worker.run(engine, service, [prewarmer.close, peers.close, receiver.close])
+    return [prewarmer.close, peers.close, receiver.close], service
 
 
 def _card(settings: WorkerSettings, loaded: Loaded, port: int) -> WorkerCard:

@@ -1,8 +1,9 @@
-"""One worker: an engine, a session server, and the service that its role calls for.
+"""One worker: an engine, a session server, and the services that answer requests.
 
-All roles run the same engine. What differs is what happens when a prompt is done: a prefill worker
-sends its KV, a decode or colocated worker samples. Engine reports arrive on the engine thread and
-are passed to the event loop here; nothing below shares state between the two.
+All roles run the same engine and both services: a prompt's KV is sent or its output generated as
+each request asks. A role says what routers prefer a worker for. Engine reports arrive on the engine
+thread and are passed to the event loop here; nothing below shares state between the two. Each
+service ignores reports on requests of the other.
 """
 
 import asyncio
@@ -37,6 +38,8 @@ from antiphon.workers.telemetry import TelemetryPublisher
 
 logger = logging.getLogger(__name__)
 
+Closer = Callable[[], Awaitable[None] | None]
+
 _DRAIN_POLL_SECONDS = 0.05
 _HAND_OVER_SECONDS = 5.0  # for transfers to let go of their blocks
 
@@ -51,24 +54,23 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._telemetry = TelemetryPublisher(self._loop, lambda: server.sessions)
         self.engine: Engine
-        self.generate: GenerateService | None = None
-        self.prefill: PrefillService | None = None
-        self.prewarmer: LinkPrewarmer | None = None
-        self._closers: Sequence[Callable[[], Awaitable[None] | None]] = ()
+        self.generate: GenerateService
+        self.prefill: PrefillService
+        self.prewarmer: LinkPrewarmer
+        self._closers: Sequence[Closer] = ()
         self._is_draining = False
 
     def run(
         self,
         engine: Engine,
-        service: GenerateService | PrefillService,
-        closers: Sequence[Callable[[], Awaitable[None] | None]],
+        generate: GenerateService,
+        prefill: PrefillService,
+        closers: Sequence[Closer],
     ) -> None:
         """Start serving with an engine whose listener is this worker."""
         self.engine = engine
-        if isinstance(service, GenerateService):
-            self.generate = service
-        else:
-            self.prefill = service
+        self.generate = generate
+        self.prefill = prefill
         self._closers = closers
         engine.start()
         self._server.serve(self)
@@ -113,12 +115,12 @@ class Worker:
 
     @property
     def num_requests(self) -> int:
-        """Requests, or transfers of a prefill worker, that have not ended."""
+        """Requests and transfers to other workers that have not ended."""
         return sum(service.num_jobs for service in self._services)
 
     @property
-    def _services(self) -> Sequence[GenerateService | PrefillService]:
-        return [service for service in (self.generate, self.prefill) if service is not None]
+    def _services(self) -> tuple[GenerateService, PrefillService]:
+        return self.generate, self.prefill
 
     async def check_idle(self) -> None:
         """Assert that an idle worker holds no request and no block (for tests)."""
@@ -147,24 +149,20 @@ class Worker:
             session.send(self._telemetry.snapshot())
 
     def on_message(self, session: Session, message: ClientMessage) -> None:
-        """Dispatch to the service; a message for another role is refused by name."""
+        """Dispatch to the service."""
         match message:
             case Submit() | Prefill() if self._is_draining:
                 self.metrics.refused("draining")
                 reason = "this worker is being stopped"
                 session.send(Refused(message.request_id, RefusalKind.DRAINING, reason))
-            case Submit() if self.generate is not None:
+            case Submit():
                 self.generate.start(session, message)
-            case Prefill() if self.prefill is not None:
+            case Prefill():
                 self.prefill.start(session, message)
-            case PrefillPool() if self.prewarmer is not None:
+            case PrefillPool():
                 self.prewarmer.update(message.peers)
-            case Prewarm() if self.prefill is not None and not self._is_draining:
+            case Prewarm() if not self._is_draining:
                 self.prefill.prewarm(message)
-            case Submit() | Prefill():
-                kind = type(message).__name__
-                reason = f"a {self.card.role} worker does not take {kind}"
-                session.send(Refused(message.request_id, RefusalKind.INVALID, reason))
             case Abort() if message.request_id in session.request_ids:
                 self._abort(message.request_id)
             case _:
@@ -176,34 +174,28 @@ class Worker:
             self._abort(request_id)
 
     def _abort(self, request_id: str) -> None:
-        if self.generate is not None:
-            self.generate.abort(request_id)
-        if self.prefill is not None:
-            self.prefill.abort(request_id, "aborted by the decode worker")
+        self.generate.abort(request_id)
+        self.prefill.abort(request_id, "aborted by the decode worker")
 
     # From the engine, on its thread.
 
     def on_outputs(self, outputs: list[RequestOutput]) -> None:
         """Tokens of a step."""
-        if self.generate is not None:
-            self._post(self.generate.on_outputs, outputs)
+        self._post(self.generate.on_outputs, outputs)
 
     def on_reserved(self, request: Request) -> None:
         """Blocks wait for KV from a prefill worker."""
-        if self.generate is not None:
-            table, first_token = list(request.block_table), request.num_computed_tokens
-            self._post(self.generate.on_reserved, request.request_id, table, first_token)
+        table, first_token = list(request.block_table), request.num_computed_tokens
+        self._post(self.generate.on_reserved, request.request_id, table, first_token)
 
     def on_prompt_progress(self, request: Request) -> None:
         """More of a prefill-only prompt is computed."""
-        if self.prefill is not None:
-            self.prefill.on_progress(request)
+        self.prefill.on_progress(request)
 
     def on_refused(self, request_id: str, error: Exception) -> None:
         """A request was not taken or its step failed."""
-        service = self.generate or self.prefill
-        if service is not None:
-            self._post(service.on_refused, request_id, error)
+        self._post(self.generate.on_refused, request_id, error)
+        self._post(self.prefill.on_refused, request_id, error)
 
     def on_changed(self, stored: list[BlockHash], removed: list[BlockHash], load: Load) -> None:
         """After every step."""

@@ -202,7 +202,6 @@ def test_bad_and_excess_requests_are_refused_with_a_reason() -> None:
     async def scenario() -> None:
         engine = EngineConfig(max_num_requests=1, max_waiting_requests=1)
         decode = await start(Role.DECODE, model, engine=engine, num_blocks=32)
-        prefill = await start(Role.PREFILL, model)
         client = await Client.connect(decode)
         too_long = client.submit([5] * 10, 600)
         empty = client.submit([], 5)
@@ -216,12 +215,35 @@ def test_bad_and_excess_requests_are_refused_with_a_reason() -> None:
         others = [client.submit([5] * 10, 2) for _ in range(3)]
         await client.finish(*others, running)
         assert sorted(client.ended[i].split(":")[0] for i in others) == ["busy", "busy", "length"]
-        wrong_role = await Client.connect(prefill)
-        misplaced = wrong_role.submit([5] * 10, 2)
-        await wrong_role.finish(misplaced)
-        assert wrong_role.ended[misplaced] == "invalid: a prefill worker does not take Submit"
-        await assert_idle(prefill, decode)
-        for closing in (client.session, wrong_role.session, prefill, decode):
+        await assert_idle(decode)
+        for closing in (client.session, decode):
+            await closing.close()
+
+    run(scenario())
+
+
+def test_every_role_generates_and_prefills_for_others() -> None:
+    model = tiny_model("llama")
+    roles = (Role.PREFILL, Role.DECODE, Role.COLOCATED)
+    # Each role gets prompts of its own for itself, and some of which the next one computes the KV.
+    salted = [[[3 + salt, *prompt] for prompt in prompts()] for salt in range(2 * len(roles))]
+    expected = [[oracle(model, prompt, MAX_TOKENS) for prompt in some] for some in salted]
+
+    async def scenario() -> None:
+        workers = [await start(role, model) for role in roles]
+        clients = [await Client.connect(worker) for worker in workers]
+        sent: list[tuple[Client, list[str]]] = []
+        for i, client in enumerate(clients):  # all at once: every worker does everything together
+            peer = peer_of(workers[i - 1])
+            sent.append((client, [client.submit(p, MAX_TOKENS) for p in salted[2 * i]]))
+            remote = [client.submit(p, MAX_TOKENS, peer) for p in salted[2 * i + 1]]
+            sent.append((client, remote))
+        assert [await client.finish(*ids) for client, ids in sent] == expected
+        paths = [client.paths[ids[-1]] for client, ids in sent]
+        assert paths == ["local", "remote"] * len(roles)
+        assert all(w.metrics.fallbacks("HandoffError") == 0 for w in workers)
+        await assert_idle(*workers)
+        for closing in (*(client.session for client in clients), *workers):
             await closing.close()
 
     run(scenario())

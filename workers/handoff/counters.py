@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -20,6 +21,17 @@ class HandoffCounters:
     prewarmed_links: int = 0  # of those, made before a transfer wanted them
     broken_links: int = 0  # that had been connected, and were not closed by this worker
     staging_bytes: int = 0  # held now
+
+
+def total(counters: Iterable[HandoffCounters]) -> HandoffCounters:
+    """Add up what several ends have counted."""
+    counted = list(counters)
+    discarded: Counter[str] = Counter()
+    for each in counted:
+        discarded.update(each.discarded_segments)
+    names = [name for name in HandoffCounters.__slots__ if name != "discarded_segments"]
+    sums = {name: sum(getattr(each, name) for each in counted) for name in names}
+    return HandoffCounters(**sums, discarded_segments=dict(discarded))
 
 
 class Tally:

@@ -35,7 +35,7 @@ class Endpoint:
     """One worker's end of its links.
 
     Args:
-        transport: Owned by the sender or receiver that it is given to, which closes it.
+        transport: Closed by the sender and the receiver that share it, whichever ends first.
         store: Its ``gather`` and ``scatter`` are called from the links' threads.
         incarnation: Fresh at every start of the worker.
         wire: Must equal that of the other end.
