@@ -214,17 +214,23 @@ class ClusterBackend:
         if connection is None:
             raise WorkerLostError(f"the session with {decision.decode.replica_id} has just ended")
         self._policy.on_sent(self._view, decision)
+        self._metrics.decided(decision.reason)
         is_first = True
         try:
             # Closed at once, so that the worker is told when a client goes away.
             async with aclosing(connection.generate(request)) as outputs:
                 async for output in outputs:
                     if is_first:
-                        self._policy.on_first_token(decision)
+                        self._first_token_came(decision)
                         is_first = False
                     yield output
         finally:
             self._policy.on_finished(decision)
+
+    def _first_token_came(self, decision: Decision) -> None:
+        self._policy.on_first_token(decision)
+        seconds = time.monotonic() - decision.decided_at
+        self._metrics.first_token_came(decision.reason, decision.predicted_ttft_seconds, seconds)
 
     async def _keep(self, card: WorkerCard) -> None:
         """Hold a session with one incarnation for as long as Serve lists it."""

@@ -14,6 +14,8 @@ class Reason(StrEnum):
     SHORT = "short"  # on the decode worker, which lacks few tokens
     COLOCATED = "colocated"
     NO_PREFILL = "no_prefill"  # on the decode worker, for want of a prefill worker
+    DECODE_ALONE = "decode_alone"  # on the decode worker, because a target would be missed
+    PREFILL_ALONE = "prefill_alone"  # as is the output, because a target would be missed
 
 
 @dataclass(frozen=True, slots=True)

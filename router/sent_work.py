@@ -15,6 +15,7 @@ class SentItem:
     sent_at: float
     num_prefill_tokens: int  # to be computed there
     num_blocks: int  # to be reserved there
+    is_stream: bool = False  # to be generated there
 
 
 class WorkerLedger:
@@ -22,17 +23,20 @@ class WorkerLedger:
 
     def __init__(self, lag_seconds: float) -> None:
         self._lag_seconds = lag_seconds
-        self._outstanding: set[int] = set()
+        self._outstanding: dict[int, bool] = {}  # whether it is a stream
         self._unseen: dict[int, SentItem] = {}  # oldest first
         # Plain numbers, because every decision reads those of every worker.
         self.num_outstanding = 0
         self.num_unseen = 0
         self.num_unseen_prefill_tokens = 0
         self.num_unseen_blocks = 0
+        self.num_unseen_streams = 0
+        self.num_streams = 0  # outstanding ones
 
     def add(self, decision_id: int, item: SentItem) -> None:
         """Enter a decision."""
-        self._outstanding.add(decision_id)
+        self._outstanding[decision_id] = item.is_stream
+        self.num_streams += item.is_stream
         self._unseen[decision_id] = item
         self.num_outstanding = len(self._outstanding)
         self._count(item, 1)
@@ -54,13 +58,14 @@ class WorkerLedger:
     def remove(self, decision_id: int) -> None:
         """Forget a decision; harmless if it is unknown."""
         self.see(decision_id)
-        self._outstanding.discard(decision_id)
+        self.num_streams -= self._outstanding.pop(decision_id, False)
         self.num_outstanding = len(self._outstanding)
 
     def _count(self, item: SentItem, sign: int) -> None:
         self.num_unseen += sign
         self.num_unseen_prefill_tokens += sign * item.num_prefill_tokens
         self.num_unseen_blocks += sign * item.num_blocks
+        self.num_unseen_streams += sign * item.is_stream
 
 
 class SentWork:

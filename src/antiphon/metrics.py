@@ -2,6 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+_RATIOS = (0.25, 0.5, 0.8, 1.0, 1.25, 2, 4)
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -56,6 +57,16 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._decisions = self._counter(
+            "antiphon_router_decisions", "Requests sent to workers, by why there.", "reason"
+        )
+        self._ttft_ratio = Histogram(
+            "antiphon_router_time_to_first_token_ratio",
+            "Time from a router's decision to the first token, over what it had predicted.",
+            ["role", "reason"],
+            buckets=_RATIOS,
+            registry=self.registry,
+        )
         self._decode_step = Gauge(
             "antiphon_decode_step_seconds",
             "A worker's own measure of its decode steps, smoothed.",
@@ -74,6 +85,14 @@ class Metrics:
     def decode_waited(self, path: str, seconds: float) -> None:
         """Record how long a request with a complete prompt waited for its first decode step."""
         self._decode_wait.labels(self._role, path).observe(seconds)
+
+    def decided(self, reason: str) -> None:
+        """Count a request that was sent as the router decided."""
+        self._decisions.labels(self._role, reason).inc()
+
+    def first_token_came(self, reason: str, predicted_seconds: float, seconds: float) -> None:
+        """Record how a router's prediction turned out."""
+        self._ttft_ratio.labels(self._role, reason).observe(seconds / predicted_seconds)
 
     def decode_step(self, worker: str, seconds: float) -> None:
         """Record what a worker says of its steps."""

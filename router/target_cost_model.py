@@ -1,0 +1,72 @@
+"""Predictions where there are targets: how prompts and running streams slow each other down.
+
+An engine with a target between tokens gives prompts what its streams leave of a step. So a prompt
+beside streams takes longer than its tokens alone would, and while it lasts the streams get their
+tokens as late as the target allows. Workers report both: a step full of prompt, and its tokens.
+
+    prompt     tokens x seconds of a full step / prompt tokens of a full step
+    stream     recent gap between tokens, drawn to a full step for as long as a prompt takes
+
+A prefill worker is another case. The prompts that it computes are for streams elsewhere, and may
+not wait. What a stream there gets is what their share of its time leaves: step / (1 - share).
+"""
+
+from antiphon.messages import Load, Role, WorkerCard
+from antiphon.router.cost_model import CostModel
+
+# A prompt that takes as long beside streams counts as if it lasted: an output of a few tokens may
+# meet nothing else. Shorter ones count in proportion.
+_LASTING_SECONDS = 1.0
+# From KV in place to the first token: half of the step in progress, and one of its own.
+_FIRST_STEPS = 1.5
+_MAX_PROMPT_SHARE = 0.99
+
+
+class TargetCostModel(CostModel):
+    """The terms of a prediction, with what targets change about them."""
+
+    def prefill_seconds(self, load: Load, num_queued_tokens: int, num_tokens: int) -> float:
+        """See ``CostModel``; longer beside streams."""
+        if not load.num_decoding or not load.prompt_gap_tokens:
+            return super().prefill_seconds(load, num_queued_tokens, num_tokens)
+        num_steps = (num_queued_tokens + num_tokens) / load.prompt_gap_tokens
+        return num_steps * load.prompt_gap_seconds
+
+    def wait_seconds(self, load: Load, num_streams: int) -> float:
+        """See ``CostModel``; steps are as long as prompts make them."""
+        gap = self._gap_seconds(load, max(load.num_decoding, 1))
+        return gap * (_FIRST_STEPS + load.num_waiting)
+
+    def step_seconds(self, load: Load, num_streams: int) -> float:
+        """Predict a step without prompt tokens."""
+        if load.decode_base_seconds:
+            return load.decode_base_seconds + load.decode_stream_seconds * num_streams
+        step = load.decode_step_seconds or self.parameters.default_decode_step_seconds
+        return step * (1 + self.parameters.stream_slowdown * num_streams)
+
+    def intertoken_seconds(
+        self, card: WorkerCard, load: Load, num_streams: int, prompt_seconds: float = 0.0
+    ) -> float:
+        """Predict the time between tokens on a worker with ``num_streams`` on it.
+
+        Args:
+            card: Of the worker.
+            load: Its last.
+            num_streams: Those that it has and will have then.
+            prompt_seconds: How long it will be computing prompts beside them.
+        """
+        if card.role is Role.PREFILL:
+            share = min(load.prompt_share, _MAX_PROMPT_SHARE)
+            return self.step_seconds(load, num_streams) / (1 - share)
+        gap = self._gap_seconds(load, num_streams)
+        if num_streams <= 1:
+            return gap  # nobody else is there
+        drawn = min(prompt_seconds / _LASTING_SECONDS, 1.0)
+        return gap + drawn * max(load.prompt_gap_seconds - gap, 0.0)
+
+    def _gap_seconds(self, load: Load, num_streams: int) -> float:
+        """The recent gap between tokens, if there was one, with as many streams."""
+        if not load.num_decoding or not load.token_gap_seconds:
+            return self.step_seconds(load, num_streams)
+        num_more = max(num_streams - load.num_decoding, 0)
+        return load.token_gap_seconds + load.decode_stream_seconds * num_more
