@@ -13,6 +13,7 @@ from dataclasses import dataclass
 WANTED_ATTAINMENT = 0.9
 HOPELESS_ATTAINMENT = 0.8  # a measurement ends when it cannot reach this any more
 _STEP = 1.3
+_NUM_SMALL_STEPS = 3  # then the guess was far off, and steps are twice as large
 _BRACKET = 1.16  # one bisection of a step
 _MAX_POINTS = 12
 
@@ -67,16 +68,17 @@ async def _bracket(
     low: Point | None = None
     high: Point | None = None
     rate = guess
-    for _ in range(_MAX_POINTS - 2):
+    for index in range(_MAX_POINTS - 2):
+        step = _STEP if index < _NUM_SMALL_STEPS else _STEP**2
         point = await try_rate(rate)
         if point.passes:
             low = point
-            rate *= _STEP
+            rate *= step
         else:
             high = point
             if rate <= at_least:
                 return None, high
-            rate /= _STEP
+            rate /= step
         if low is not None and high is not None:
             break
     return low, high

@@ -284,3 +284,35 @@ def test_a_worker_that_is_not_listed_any_more_is_not_sought(
         await backend.close()
 
     run(scenario())
+
+
+def test_a_prefill_worker_keeps_a_request_that_decode_has_no_room_for() -> None:
+    model = tiny_model("llama")
+    expected = oracle(model, PROMPT, 6)
+    metrics = Metrics("ingress")
+
+    async def scenario() -> None:
+        prefill, decode = await start(Role.PREFILL, model), await start(Role.DECODE, model)
+        # No time between tokens is short enough, and a prefill worker that has computed nothing
+        # yet is taken for a fast one: what decode strains goes there.
+        router = RouterConfig(target_itl_seconds=1e-6)
+        backend = ClusterBackend("tiny", router, {Role.PREFILL, Role.DECODE}, metrics)
+        await connected(backend, Role.DECODE, decode)
+        await connected(backend, Role.PREFILL, prefill)
+        load = backend._view.get(decode.card.incarnation).load  # type: ignore[union-attr]
+        busy = msgspec.structs.replace(load, decode_base_seconds=10.0, decode_stream_seconds=1.0)
+        backend._view.get(decode.card.incarnation).load = busy  # type: ignore[union-attr]
+        tokens: list[int] = []
+        async for output in backend.generate("r", PROMPT, SamplingParams(6, temperature=0)):
+            tokens += output.token_ids
+        assert tokens == expected
+        assert prefill.engine.stats.num_generated_tokens == 6
+        assert decode.engine.stats.num_steps == 0
+        decided = metrics.count("antiphon_router_decisions_total", reason="prefill_alone")
+        assert decided == 1
+        name = "antiphon_router_time_to_first_token_ratio_count"
+        assert metrics.count(name, reason="prefill_alone") == 1
+        await assert_idle(prefill, decode)
+        await close(backend, prefill, decode)
+
+    run(scenario())

@@ -91,11 +91,14 @@ class Recorder:
 
 
 class Rig:
-    def __init__(self, runner: ScriptedRunner, **config: int) -> None:
+    def __init__(
+        self, runner: ScriptedRunner, target_itl_seconds: float | None = None, **config: int
+    ) -> None:
         self.runner = runner
         self.heard = Recorder()
         runner.on_run = self.heard._notify
-        self.engine = Engine(runner, SchedulerConfig(**config), self.heard)  # type: ignore[arg-type]
+        scheduler_config = SchedulerConfig(**config)
+        self.engine = Engine(runner, scheduler_config, self.heard, target_itl_seconds)  # type: ignore[arg-type]
 
     def add(self, request_id: str, num_prompt: int = 6, max_tokens: int = 3, **more: Any) -> None:
         sampling = SamplingParams(max_tokens=max_tokens)
@@ -264,3 +267,38 @@ def test_stop_ends_an_idle_engine_and_one_that_never_ran() -> None:
     rig.engine.start()
     rig.engine.stop()
     assert not rig.engine.is_healthy
+
+
+@pytest.mark.parametrize(("target", "beside"), [(None, 60), (0.2, 20)])
+def test_a_target_keeps_prompts_beside_streams_short(
+    monkeypatch: pytest.MonkeyPatch, target: float | None, beside: int
+) -> None:
+    """On a clock where a step takes 80 ms and 5 ms for each of its prompt tokens."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(engine_module.time, "monotonic", lambda: clock.now)
+
+    runner = ScriptedRunner(num_blocks=64)
+    rig = Rig(runner, target_itl_seconds=target, max_batch_tokens=61)
+
+    def take_time() -> None:
+        num_prompt = sum(n for _, n in runner.batches[-1] if n > 1)
+        clock.now += 0.08 + 0.005 * num_prompt
+        if len(runner.batches) == 12:
+            rig.add("prompt", num_prompt=100, max_tokens=1)
+        rig.heard._notify()
+
+    runner.on_run = take_time
+    rig.engine.start()
+    rig.add("stream", num_prompt=20, max_tokens=40)
+    rig.heard.wait_until(lambda: rig.heard.ended.keys() >= {"stream", "prompt"})
+    assert runner.batches[0] == [("stream", 20)]
+    prompts = [dict(batch).get("prompt", 0) for batch in runner.batches]
+    sizes = [size for size in prompts if size]
+    # 0.9 x 200 ms less 80 ms are 20 tokens; 9 ms were measured for one in a step of its own.
+    assert sum(sizes) == 80  # the stream's 20 tokens are the same, and cached
+    assert max(sizes) == pytest.approx(beside, abs=2)
+    load = rig.heard.loads[-1]
+    assert load.decode_base_seconds + load.decode_stream_seconds == pytest.approx(0.08)
+    assert load.num_streams == load.num_decoding == 0
+    rig.assert_idle()
+    rig.engine.stop()

@@ -51,6 +51,23 @@ def test_a_prompt_crawls_when_decodes_fill_the_budget() -> None:
     assert step(scheduler) == [("a", 1), ("b", 1), ("c", 1)]
 
 
+def test_prompts_beside_decode_steps_stay_within_their_limit() -> None:
+    limits: list[int] = []
+
+    def limit(num_decoding: int) -> int | None:
+        limits.append(num_decoding)
+        return 3 if num_decoding else None
+
+    scheduler = Scheduler(SchedulerConfig(max_batch_tokens=8), BlockPool(16, 4), limit)
+    scheduler.add(request("a", 6))
+    assert step(scheduler) == [("a", 6)]  # nobody waits for a token
+    scheduler.add(request("b", 5))
+    scheduler.add(request("c", 4))
+    assert step(scheduler) == [("a", 1), ("b", 3)]
+    assert step(scheduler) == [("a", 1), ("b", 2), ("c", 1)]
+    assert limits == [0, 1, 1]
+
+
 def test_full_queue_refuses_at_once() -> None:
     scheduler = make(num_blocks=1, max_waiting_requests=1)
     scheduler.add(request("a", 4))
