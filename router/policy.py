@@ -70,7 +70,7 @@ class Policy:
         if not options:
             raise NoWorkerError(_explain_no_worker(view))
         decode = self._pick(options, _least_crowded)
-        if self._targets.are_set and not self._targets.are_safe(self._rating.predict(decode)):
+        if self._targets.are_set:
             decode = self._keep_targets(decode, view, prompt, cached, prefill, exclude)
         pair = prefill if decode.reason is Reason.REMOTE else None
         return Decision(
@@ -142,7 +142,11 @@ class Policy:
         prefill: Option | None,
         exclude: frozenset[str],
     ) -> Option:
-        """Return another choice if it keeps targets that ``chosen`` misses."""
+        """Return another choice if ``chosen`` strains a target that the other one keeps better."""
+        steps = chosen.worker.load
+        predicted = self._rating.predict(chosen, steps)
+        if self._targets.are_safe(predicted):
+            return chosen
         others = []
         for worker in view.decode_workers:
             if worker.card.incarnation not in exclude:
@@ -152,9 +156,8 @@ class Policy:
         for worker in view.prefill_workers:
             if worker.card.incarnation not in exclude and _holds(worker, chosen):
                 others.append(self._rating.alone(worker, prompt, cached, Reason.PREFILL_ALONE))
-        index = self._targets.better(
-            self._rating.predict(chosen), [self._rating.predict(o) for o in others]
-        )
+        predictions = [self._rating.predict(other, steps) for other in others]
+        index = self._targets.better(predicted, predictions)
         return chosen if index is None else Option._make(others[index])
 
     def _pick(

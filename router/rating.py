@@ -11,6 +11,8 @@ blocks of prompts on their way count too.
 
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from antiphon.config import RouterConfig
 from antiphon.messages import Load, Role, WorkerCard
 from antiphon.router.cost_model import CostModel, CostParameters
@@ -115,13 +117,24 @@ class Rating:
         charge = self._model.stall_seconds(load, num_tokens)
         return seconds + charge + room, num_streams, num_cached, seconds, worker, reason
 
-    def predict(self, option: Option | RatedTuple) -> Predicted:
+    def predict(self, option: Option | RatedTuple, like: Load) -> Predicted:
+        """Predict what a choice gives.
+
+        Args:
+            option: A rated choice; what it would do to streams beside it counts too.
+            like: Whose steps to assume of a worker that has not decoded yet.
+        """
         _, _, _, seconds, worker, reason = option
-        num_streams = _num_generating(worker.load, self._ledger_of(worker)) + 1
+        load = worker.load
+        if not load.decode_base_seconds:
+            load = replace(
+                load,
+                decode_base_seconds=like.decode_base_seconds,
+                decode_stream_seconds=like.decode_stream_seconds,
+            )
+        num_streams = _num_generating(load, self._ledger_of(worker)) + 1
         prompt_seconds = 0.0 if reason is _REMOTE else seconds
-        itl = self._target_model.intertoken_seconds(
-            worker.card, worker.load, num_streams, prompt_seconds
-        )
+        itl = self._target_model.intertoken_seconds(worker.card, load, num_streams, prompt_seconds)
         return Predicted(seconds, itl)
 
     def _reason_for_local(

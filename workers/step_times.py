@@ -68,6 +68,10 @@ class StepTimes:
         prompt_seconds = 0.0
         if num_prompt_tokens == 0:
             self._regress(num_streams, seconds)
+        elif num_streams and not self._mean_seconds and self._prompt_token_seconds:
+            # A worker that never runs out of prompts: what they leave of the step is a first guess.
+            prompt_seconds = min(num_prompt_tokens * self._prompt_token_seconds, 0.9 * seconds)
+            self._regress(num_streams, seconds - prompt_seconds)
         else:
             decode = self.decode_seconds(num_streams) if num_streams else 0.0
             prompt_seconds = max(seconds - decode, 0.0)

@@ -125,6 +125,15 @@ def test_prefill_takes_streams_until_it_is_as_full(cluster):
     assert 44 - on_prefill - 5 < on_prefill < 44 - on_prefill + 5
 
 
+def test_a_prefill_worker_that_never_decoded_is_taken_for_the_like_of_decode(cluster):
+    view = pair(cluster, {"prompt_share": 0.7}, streams(14))
+    unmeasured = {"decode_base_seconds": 0.0, "decode_step_seconds": 0.001, "prompt_share": 0.7}
+    set_load(cluster, view, "p0", **unmeasured)
+    assert choose(policy(), view).reason is Reason.REMOTE
+    set_load(cluster, view, "p0", **{**unmeasured, "prompt_share": 0.2})
+    assert choose(policy(), view).reason is Reason.PREFILL_ALONE
+
+
 def test_an_excluded_prefill_worker_keeps_nothing(cluster):
     view = pair(cluster, decode=streams(14))
     prompt = view.hash_prompt(PROMPT)

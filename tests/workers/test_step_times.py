@@ -104,3 +104,12 @@ def test_the_gap_between_tokens_counts_steps_with_streams_alone() -> None:
     before = times.token_gap_seconds
     times.record(0, 100, 3.0, 30.0)
     assert times.token_gap_seconds == before
+
+
+def test_a_worker_that_never_runs_out_of_prompts_learns_its_decode_steps_too() -> None:
+    times = StepTimes(0.2)
+    times.record(0, 100, 0.2, 0.2)  # 2 ms a token
+    for step in range(50):
+        times.record(2, 30, 0.12, 0.4 + 0.12 * step)
+    assert times.decode_seconds(2) == pytest.approx(0.06, rel=0.05)
+    assert times.prompt_limit(2) == pytest.approx(60, abs=2)
