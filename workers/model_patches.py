@@ -26,6 +26,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from antiphon.kernels.kernel_set import KernelSet
+from antiphon.workers.few_rows import linear
 
 Defer = Callable[[Tensor, Tensor], bool]
 """Takes cos and sin ``[1, num_tokens, rotary_dim]``; False: rotate now, nobody will later."""
@@ -92,7 +93,7 @@ def _patch_mlp(module: Any, kernels: KernelSet) -> bool:
         bias = torch.cat([gate.bias.data, up.bias.data])
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        hidden: Tensor = nn.functional.linear(x, weight, bias)
+        hidden: Tensor = linear(x, weight, bias)
         out: Tensor = self.down_proj(kernels.silu_and_mul(hidden))
         return out
 

@@ -24,6 +24,7 @@ from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
 from antiphon.kernels.kernel_set import KernelSet
 from antiphon.kernels.paged_kv import PagedKV, Rotary
 from antiphon.kernels.reference import prefill_attention, write_kv
+from antiphon.workers.few_rows import patch_linears
 from antiphon.workers.forward_batch import ForwardBatch
 from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
 from antiphon.workers.model_patches import patch_model
@@ -183,6 +184,8 @@ class PagedModel:
         with torch.inference_mode():
             expected = self._eager_logits()
             self.patched = patch_model(model, kernels, _defer_rotation)
+            if self.device.type == "cpu":
+                patch_linears(model)
             self.layout = KVLayout(self._probe(expected), model.dtype, model.dtype)
 
     @torch.inference_mode()
