@@ -144,7 +144,7 @@ class Policy:
     ) -> Option:
         """Return another choice if ``chosen`` strains a target that the other one keeps better."""
         steps = chosen.worker.load
-        predicted = self._rating.predict(chosen, steps)
+        predicted = self._rating.predict(chosen, prompt, steps)
         if self._targets.are_safe(predicted):
             return chosen
         others = []
@@ -156,7 +156,7 @@ class Policy:
         for worker in view.prefill_workers:
             if worker.card.incarnation not in exclude and _holds(worker, chosen):
                 others.append(self._rating.alone(worker, prompt, cached, Reason.PREFILL_ALONE))
-        predictions = [self._rating.predict(other, steps) for other in others]
+        predictions = [self._rating.predict(other, prompt, steps) for other in others]
         index = self._targets.better(predicted, predictions)
         return chosen if index is None else Option._make(others[index])
 

@@ -117,14 +117,15 @@ class Rating:
         charge = self._model.stall_seconds(load, num_tokens)
         return seconds + charge + room, num_streams, num_cached, seconds, worker, reason
 
-    def predict(self, option: Option | RatedTuple, like: Load) -> Predicted:
-        """Predict what a choice gives.
+    def predict(self, option: Option | RatedTuple, prompt: HashedPrompt, like: Load) -> Predicted:
+        """Predict what a choice gives, to the request and to streams beside it.
 
         Args:
-            option: A rated choice; what it would do to streams beside it counts too.
+            option: Rated for ``prompt``.
+            prompt: Computed on the worker that decodes, unless the option is a pair.
             like: Whose steps to assume of a worker that has not decoded yet.
         """
-        _, _, _, seconds, worker, reason = option
+        _, _, num_cached, seconds, worker, reason = option
         load = worker.load
         if not load.decode_base_seconds:
             load = replace(
@@ -132,9 +133,12 @@ class Rating:
                 decode_base_seconds=like.decode_base_seconds,
                 decode_stream_seconds=like.decode_stream_seconds,
             )
-        num_streams = _num_generating(load, self._ledger_of(worker)) + 1
-        prompt_seconds = 0.0 if reason is _REMOTE else seconds
-        itl = self._target_model.intertoken_seconds(worker.card, load, num_streams, prompt_seconds)
+        ledger = self._ledger_of(worker)
+        num_tokens = load.num_queued_tokens + ledger.num_unseen_prefill_tokens
+        if reason is not _REMOTE:
+            num_tokens += prompt.num_tokens - 1 - num_cached
+        num_streams = _num_generating(load, ledger) + 1
+        itl = self._target_model.intertoken_seconds(worker.card, load, num_streams, num_tokens)
         return Predicted(seconds, itl)
 
     def _reason_for_local(
@@ -158,7 +162,10 @@ class Rating:
     def gap_seconds(self, worker: WorkerView) -> float:
         """How long a decode worker's step keeps it from asking a prefill worker."""
         load = worker.load
-        return self._target_model.intertoken_seconds(worker.card, load, load.num_streams)
+        num_tokens = load.num_queued_tokens
+        return self._target_model.intertoken_seconds(
+            worker.card, load, load.num_streams, num_tokens
+        )
 
 
 def _num_requests(load: Load, ledger: WorkerLedger) -> int:

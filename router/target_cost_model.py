@@ -5,10 +5,10 @@ beside streams takes longer than its tokens alone would, and while it lasts the 
 tokens as late as the target allows. Workers report both: a step full of prompt, and its tokens.
 
     prompt     tokens x seconds of a full step / prompt tokens of a full step
-    stream     recent gap between tokens, drawn to a full step for as long as a prompt takes
+    stream     step / (1 - recent share of prompts), drawn to a full step by prompts in the queue
 
-A prefill worker is another case. The prompts that it computes are for streams elsewhere, and may
-not wait. What a stream there gets is what their share of its time leaves: step / (1 - share).
+A full step is the longest, where prompts may wait. On a prefill worker they may not: the prompts
+that it computes are for streams elsewhere.
 """
 
 from antiphon.messages import Load, Role, WorkerCard
@@ -34,7 +34,7 @@ class TargetCostModel(CostModel):
 
     def wait_seconds(self, load: Load, num_streams: int) -> float:
         """See ``CostModel``; steps are as long as prompts make them."""
-        gap = self._gap_seconds(load, max(load.num_decoding, 1))
+        gap = self._recent_gap_seconds(load, max(load.num_decoding, 1))
         return gap * (_FIRST_STEPS + load.num_waiting)
 
     def step_seconds(self, load: Load, num_streams: int) -> float:
@@ -45,7 +45,7 @@ class TargetCostModel(CostModel):
         return step * (1 + self.parameters.stream_slowdown * num_streams)
 
     def intertoken_seconds(
-        self, card: WorkerCard, load: Load, num_streams: int, prompt_seconds: float = 0.0
+        self, card: WorkerCard, load: Load, num_streams: int, num_prompt_tokens: int
     ) -> float:
         """Predict the time between tokens on a worker with ``num_streams`` on it.
 
@@ -53,20 +53,21 @@ class TargetCostModel(CostModel):
             card: Of the worker.
             load: Its last.
             num_streams: Those that it has and will have then.
-            prompt_seconds: How long it will be computing prompts beside them.
+            num_prompt_tokens: That it will compute beside them, its queue included.
         """
         if card.role is Role.PREFILL:
-            share = min(load.prompt_share, _MAX_PROMPT_SHARE)
-            return self.step_seconds(load, num_streams) / (1 - share)
-        gap = self._gap_seconds(load, num_streams)
-        if num_streams <= 1:
-            return gap  # nobody else is there
-        drawn = min(prompt_seconds / _LASTING_SECONDS, 1.0)
-        return gap + drawn * max(load.prompt_gap_seconds - gap, 0.0)
+            return self._busy_gap_seconds(load, num_streams)
+        gap = self._recent_gap_seconds(load, num_streams)
+        if num_streams <= 1 or not num_prompt_tokens:
+            return gap  # nobody is there to be held up, or nothing holds up
+        lasting = self.prefill_seconds(load, 0, num_prompt_tokens) / _LASTING_SECONDS
+        return gap + min(lasting, 1.0) * max(load.prompt_gap_seconds - gap, 0.0)
 
-    def _gap_seconds(self, load: Load, num_streams: int) -> float:
-        """The recent gap between tokens, if there was one, with as many streams."""
-        if not load.num_decoding or not load.token_gap_seconds:
-            return self.step_seconds(load, num_streams)
-        num_more = max(num_streams - load.num_decoding, 0)
-        return load.token_gap_seconds + load.decode_stream_seconds * num_more
+    def _recent_gap_seconds(self, load: Load, num_streams: int) -> float:
+        """The time between tokens if prompts go on as of late; never beyond a full step."""
+        longest = max(load.prompt_gap_seconds, self.step_seconds(load, num_streams))
+        return min(self._busy_gap_seconds(load, num_streams), longest)
+
+    def _busy_gap_seconds(self, load: Load, num_streams: int) -> float:
+        share = min(load.prompt_share, _MAX_PROMPT_SHARE)
+        return self.step_seconds(load, num_streams) / (1 - share)

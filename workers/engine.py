@@ -159,7 +159,6 @@ class Engine:
             num_decoding=scheduler.num_decoding,
             decode_base_seconds=self._step_times.base_seconds,
             decode_stream_seconds=self._step_times.stream_seconds,
-            token_gap_seconds=self._step_times.token_gap_seconds,
             prompt_gap_seconds=prompt_gap,
             prompt_gap_tokens=prompt_tokens,
             prompt_share=self._step_times.prompt_share(time.monotonic()),

@@ -42,7 +42,6 @@ class StepTimes:
         self._covariance = 0.0
         self._prompt_token_seconds = 0.0  # 0: not measured yet
         self._is_marginal = False  # measured beside streams, not in a step of its own
-        self.token_gap_seconds = 0.0  # of late, steps with streams; 0: none yet
         self._share = 0.0
         self._share_at = 0.0
 
@@ -78,9 +77,6 @@ class StepTimes:
             self._record_prompt(num_streams, prompt_seconds / num_prompt_tokens)
         self._decay_share(now - seconds)
         kept = math.exp(-seconds / _RECENT_SECONDS)
-        if num_streams:
-            known = kept if self.token_gap_seconds else 0.0
-            self.token_gap_seconds = known * self.token_gap_seconds + (1 - known) * seconds
         self._share = kept * self._share + (1 - kept) * min(prompt_seconds / seconds, 1.0)
         self._share_at = now
 

@@ -107,7 +107,6 @@ class Load(msgspec.Struct, frozen=True):
     num_decoding: int = 0  # of those, the ones that get a token in every step
     decode_base_seconds: float = 0.0  # of a step without prompt tokens; 0 before the first
     decode_stream_seconds: float = 0.0  # what each stream adds to it
-    token_gap_seconds: float = 0.0  # recent steps with streams, whatever else they computed
     prompt_gap_seconds: float = 0.0  # a step of those, at least one, and all prompt it may have
     prompt_gap_tokens: int = 0  # how much prompt that is
     prompt_share: float = 0.0  # of the last seconds, spent on prompt tokens

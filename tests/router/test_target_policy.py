@@ -34,15 +34,14 @@ def pair(cluster, prefill=None, decode=None):
     return view
 
 
-def streams(number: int, gap: float = 0.0) -> dict[str, float]:
+def streams(number: int, full_step: float = 0.09) -> dict[str, float]:
     """A load of streams that decode, and what a step full of prompt makes of them."""
     step = 0.04 + 0.005 * number
     return {
         "num_running": number,
         "num_streams": number,
         "num_decoding": number,
-        "token_gap_seconds": gap or step,
-        "prompt_gap_seconds": max(0.09, step + 0.016),
+        "prompt_gap_seconds": max(full_step, step + 0.016),
         "prompt_gap_tokens": 16,
     }
 
@@ -161,7 +160,7 @@ def test_a_prefill_worker_with_streams_is_slower_and_another_is_taken(cluster):
 
 
 def test_what_is_on_its_way_through_a_slow_decode_worker_is_not_forgotten(cluster):
-    view = pair(cluster, decode=streams(2, gap=0.5))
+    view = pair(cluster, decode={**streams(2, 0.5), "prompt_share": 0.9})
     chooser = policy(10.0, 1.0)
     chooser.on_sent(view, choose(chooser, view))
     # The prefill worker reports 100 ms later; the decode worker is still in the step before.
@@ -198,7 +197,6 @@ def test_without_targets_what_they_need_changes_nothing(cluster, seed):
             num_decoding=rng.randint(0, 40),
             decode_base_seconds=rng.random(),
             decode_stream_seconds=rng.random(),
-            token_gap_seconds=rng.random(),
             prompt_gap_seconds=rng.random(),
             prompt_gap_tokens=rng.randint(0, 500),
             prompt_share=rng.random(),

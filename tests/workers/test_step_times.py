@@ -93,19 +93,6 @@ def test_the_share_of_prompt_work_follows_the_last_seconds() -> None:
     assert times.prompt_share(100.0) < 0.02  # idle since
 
 
-def test_the_gap_between_tokens_counts_steps_with_streams_alone() -> None:
-    times = StepTimes()
-    times.record(0, 100, 3.0, 3.0)
-    assert times.token_gap_seconds == 0.0
-    for step in range(100):
-        times.record(2, 8 * (step % 2), 0.1 + 0.1 * (step % 2), 4 + 0.2 * step)
-    # Twice as long, a step is seen by twice as much time: (0.1^2 + 0.2^2) / 0.3.
-    assert times.token_gap_seconds == pytest.approx(1 / 6, rel=0.05)
-    before = times.token_gap_seconds
-    times.record(0, 100, 3.0, 30.0)
-    assert times.token_gap_seconds == before
-
-
 def test_a_worker_that_never_runs_out_of_prompts_learns_its_decode_steps_too() -> None:
     times = StepTimes(0.2)
     times.record(0, 100, 0.2, 0.2)  # 2 ms a token
