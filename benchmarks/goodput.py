@@ -41,7 +41,7 @@ from antiphon.workers.model_source import resolve_model
 
 MAX_OTHER_CORES = 0.15
 WORKLOADS = (
-    Workload("prompt_heavy_tight", (96, 192), (12, 20), ttft_multiple=5, tpot_multiple=1.5),
+    Workload("prompt_heavy_tight", (96, 192), (12, 20), ttft_multiple=5, tpot_multiple=2),
     Workload("chat", (64, 128), (32, 64), ttft_multiple=6, tpot_multiple=3),
     Workload("decode_heavy", (16, 48), (64, 96), ttft_multiple=10, tpot_multiple=3),
     Workload("long_prompt_loose", (384, 640), (8, 16), ttft_multiple=6, tpot_multiple=10),

@@ -116,7 +116,7 @@ class Crew:
     async def wait_prewarmed(self) -> None:
         """Wait until every decode worker has a link to every prefill worker."""
         ends = [
-            each.prefill._sender if each.prefill else each.generate.receiver
+            each.prefill._sender if each.card.role is Role.PREFILL else each.generate.receiver
             for each in self.workers
         ]
         await until(lambda: all(end.counters().links_made == 2 for end in ends))
@@ -167,8 +167,6 @@ class Crew:
 
 
 def _sessions_with_peers(worker: Worker) -> list[Any]:
-    if worker.generate is None:
-        return []
     tasks = worker.generate._client._peers._sessions.values()
     return [task.result() for task in tasks if task.done() and task.exception() is None]
 

@@ -80,7 +80,7 @@ class Scene:
 
     @property
     def num_fallbacks(self) -> float:
-        """Prompts that living decode workers have counted as computed by themselves."""
+        """Prompts that living workers have counted as computed by themselves."""
         return self._decoding("antiphon_prefill_fallbacks_total")
 
     @property
@@ -89,8 +89,7 @@ class Scene:
         return total(self.crew.metrics, "antiphon_replays_total")
 
     def _decoding(self, name: str, **ignored: str) -> float:
-        decoding = [worker for worker in self.crew.alive if worker.generate is not None]
-        return sum(total(worker.metrics, name, **ignored) for worker in decoding)
+        return sum(total(worker.metrics, name, **ignored) for worker in self.crew.alive)
 
     async def _prepare(self) -> None:
         await self.crew.wait_prewarmed()
