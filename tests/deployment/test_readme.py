@@ -131,7 +131,7 @@ class NoHandoff:
 def test_every_metric_is_listed():
     metrics = Metrics("decode")
     metrics.registry.register(EngineCollector("decode", EngineStats()))
-    metrics.registry.register(HandoffCollector("decode", NoHandoff()))
+    metrics.registry.register(HandoffCollector("decode", [NoHandoff()]))
     names = {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in metrics.registry.collect()
