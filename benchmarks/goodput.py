@@ -41,7 +41,8 @@ from antiphon.workers.model_source import resolve_model
 
 MAX_OTHER_CORES = 0.15
 WORKLOADS = (
-    Workload("prompt_heavy_tight", (96, 192), (12, 20), ttft_multiple=5, tpot_multiple=2),
+    Workload("prompt_heavy_tight", (96, 192), (12, 20), ttft_multiple=5, tpot_multiple=1.5),
+    Workload("prompt_heavy", (96, 192), (12, 20), ttft_multiple=5, tpot_multiple=2),
     Workload("chat", (64, 128), (32, 64), ttft_multiple=6, tpot_multiple=3),
     Workload("decode_heavy", (16, 48), (64, 96), ttft_multiple=10, tpot_multiple=3),
     Workload("long_prompt_loose", (384, 640), (8, 16), ttft_multiple=6, tpot_multiple=10),
@@ -206,6 +207,16 @@ def select_workloads(options: argparse.Namespace) -> list[Workload]:
     return [w for w in workloads if not options.workload or w.name in options.workload]
 
 
+def write(report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the figures and draw the curves, where the options ask for it."""
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.plot:
+        from goodput_plot import draw
+
+        draw(report, options.plot)
+
+
 def main() -> None:
     """Measure, print, write and draw."""
     options = parse_options()
@@ -219,6 +230,8 @@ def main() -> None:
     try:
         for workload in select_workloads(options):
             figures[workload.name] = asyncio.run(compare(workers, workload, effort, options.seed))
+            report = {"workloads": figures, "machine": machine, "seed": options.seed}
+            write(report, options)  # after each: a run takes half an hour
     finally:
         workers.close()
     print(f"\n{'workload':<24} {'plain':>7} {'chunked':>8} {'two pools':>10} {'ratio':>6}")
@@ -228,13 +241,6 @@ def main() -> None:
             f"{row['two_pools']:>10.2f} {row['ratio'] or 0:>6.2f}"
         )
     print(f"took {time.monotonic() - began_at:.0f} s")
-    report = {"workloads": figures, "machine": machine, "seed": options.seed}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    if options.plot:
-        from goodput_plot import draw
-
-        draw(report, options.plot)
 
 
 if __name__ == "__main__":

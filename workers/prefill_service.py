@@ -36,7 +36,7 @@ class _Job:
     submitted_at: float
     num_pushed_tokens: int  # engine thread only
     num_cached_tokens: int = 0
-    is_refused: bool = False
+    is_answered: bool = False  # the decode worker knows how it ended
 
 
 class PrefillService:
@@ -84,7 +84,8 @@ class PrefillService:
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Stop computing and sending; blocks return when the sender lets go of them."""
-        if transfer_id in self._jobs:
+        if job := self._jobs.get(transfer_id):
+            job.is_answered = True
             # In this order: the end of the transfer, which frees the blocks, must find them marked.
             self._engine.abort(transfer_id, keep_blocks=True)
             self._sender.abort(transfer_id, reason)
@@ -97,8 +98,8 @@ class PrefillService:
         transfer_ids = tuple(self._jobs)
         for transfer_id in transfer_ids:
             job = self._jobs[transfer_id]
-            if not job.is_refused:
-                job.is_refused = True
+            if not job.is_answered:
+                job.is_answered = True
                 reason = "this worker is being stopped"
                 job.session.send(Refused(job.message.request_id, RefusalKind.MOVED, reason))
             self._loop.call_later(_HEAD_START_SECONDS, self.abort, transfer_id, "handed over")
@@ -121,7 +122,7 @@ class PrefillService:
         """The engine could not take or compute a prompt; on the event loop."""
         job = self._jobs.get(transfer_id)
         if job is not None:
-            job.is_refused = True
+            job.is_answered = True
             is_busy = isinstance(error, CapacityError)
             kind = RefusalKind.BUSY if is_busy else RefusalKind.FAILED
             job.session.send(Refused(job.message.request_id, kind, str(error)))
@@ -148,7 +149,7 @@ class PrefillService:
             elapsed = time.monotonic() - job.submitted_at
             done = PrefillDone(request_id, job.num_cached_tokens, num_bytes, elapsed, seconds)
             job.session.send(done)
-        elif not job.is_refused:
+        elif not job.is_answered:
             logger.warning("transfer %s failed: %s", transfer_id, error)
             is_broken = isinstance(error, LinkBrokenError)
             kind = RefusalKind.LINK_BROKEN if is_broken else RefusalKind.FAILED
