@@ -38,7 +38,11 @@ def find_documents(path: Path) -> list[Document]:
     Raises:
         ConfigError: The file cannot be read, or is a Serve config without an application of ours.
     """
-    data = read_yaml(path)
+    return documents_in(read_yaml(path), path)
+
+
+def documents_in(data: dict[str, Any], path: Path) -> list[Document]:
+    """Return every configuration in what was read from a file; see ``find_documents``."""
     if data.keys() & AntiphonConfig.model_fields.keys():
         return [Document(str(path), data)]
     if "applications" in data:

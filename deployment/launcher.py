@@ -27,7 +27,7 @@ from antiphon.config import AntiphonConfig
 from antiphon.errors import ConfigError
 
 APP_NAME = "antiphon"
-_OBJECT_STORE_BYTES = 128 * 2**20  # requests do not pass through it
+OBJECT_STORE_BYTES = 128 * 2**20  # requests do not pass through it
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.2
 _ANSWER_SECONDS = 5.0  # for an ingress to end what is open, once it is told to
@@ -94,7 +94,7 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
             address="local",  # not one that happens to run here
             num_cpus=num_cpus,
             include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )

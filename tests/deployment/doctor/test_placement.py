@@ -1,0 +1,68 @@
+"""Which nodes hold which workers, and in which order links between them are measured."""
+
+from itertools import product
+
+import pytest
+
+from antiphon.config import parse_config
+from antiphon.deployment.doctor.facts import Node
+from antiphon.deployment.doctor.pairs import Pair, diagonals, rounds
+from antiphon.deployment.doctor.placement import nodes_for, place
+
+
+def node(name: str, **resources: float) -> Node:
+    return Node(name, name, resources, 0)
+
+
+def test_workers_without_gpus_leave_gpus_to_others() -> None:
+    pools = {"prefill": {"resources": {"x": 1}}, "decode": {"replicas": 2, "num_gpus": 1}}
+    members = [node("a", CPU=1, GPU=1, x=1), node("b", CPU=1, GPU=1), node("c", CPU=1, x=1)]
+    placed = {"a": {"decode": 1}, "b": {"decode": 1}, "c": {"prefill": 1}}
+    assert place(parse_config(pools), members).placed == placed
+
+
+def test_what_finds_no_place_is_counted_and_the_rest_is_placed() -> None:
+    config = parse_config({"prefill": {"replicas": 2}, "decode": {"replicas": 3}})
+    found = place(config, [node("a", CPU=2), node("b", CPU=1.5)])
+    assert sum(found.missing.values()) == 2
+    assert sum(n for workers in found.placed.values() for n in workers.values()) == 3
+
+
+def test_parts_of_a_cpu_add_up() -> None:
+    config = parse_config(
+        {"prefill": {"replicas": 3, "num_cpus": 0.1}, "decode": {"num_cpus": 0.7}}
+    )
+    assert place(config, [node("a", CPU=1)]).missing == {}
+
+
+def test_only_pools_with_workers_have_nodes() -> None:
+    config = parse_config({"prefill": {"replicas": 0}, "decode": {"resources": {"d": 1}}})
+    members = [node("a", CPU=1), node("b", CPU=1, d=1)]
+    assert nodes_for(config, "prefill", members) == ()
+    assert nodes_for(config, "decode", members) == (members[1],)
+
+
+@pytest.mark.parametrize(("senders", "receivers"), [(1, 1), (3, 3), (2, 5), (5, 2), (0, 3)])
+def test_every_pair_is_measured_once_and_no_node_twice_at_a_time(
+    senders: int, receivers: int
+) -> None:
+    sending = [node(f"p{index}") for index in range(senders)]
+    receiving = [node(f"d{index}") for index in range(receivers)]
+    pairs = [Pair("gloo", a.name, b.name) for a, b in diagonals(sending, receiving)]
+    wanted = {(a.name, b.name) for a, b in product(sending, receiving)}
+    groups = rounds(pairs)
+    assert sorted((p.sender, p.receiver) for group in groups for p in group) == sorted(wanted)
+    for group in groups:
+        ends = [end for pair in group for end in (pair.sender, pair.receiver)]
+        assert len(set(ends)) == len(ends)
+    assert len(groups) == (max(senders, receivers) if wanted else 0)
+
+
+def test_nodes_that_hold_both_pools_are_busy_with_one_link_too() -> None:
+    both = [node(f"n{index}") for index in range(4)]
+    pairs = [Pair("gloo", a.name, b.name) for a, b in diagonals(both, both)]
+    groups = rounds(pairs)
+    assert sum(map(len, groups)) == 16
+    for group in groups:
+        ends = [end for pair in group for end in {pair.sender, pair.receiver}]
+        assert len(set(ends)) == len(ends)
