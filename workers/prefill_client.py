@@ -242,6 +242,7 @@ class PrefillClient:
     def _on_lost(self, peer: ClientSession) -> None:
         for transfer in [one for one in self._transfers.values() if one.peer is peer]:
             self._fail(transfer, LinkBrokenError("the prefill worker is gone"))
+        self.receiver.leave(peer.card.incarnation)
 
     def _fail(self, transfer: _Transfer, error: AntiphonError) -> None:
         if self._fence(transfer):

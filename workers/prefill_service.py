@@ -82,6 +82,10 @@ class PrefillService:
         except AntiphonError as error:
             logger.info("link not prewarmed: %s", error)
 
+    def leave(self, decode_incarnation: str) -> None:
+        """No session with a decode worker is left: give up the links to it."""
+        self._sender.leave(decode_incarnation)
+
     def abort(self, transfer_id: str, reason: str) -> None:
         """Stop computing and sending; blocks return when the sender lets go of them."""
         if job := self._jobs.get(transfer_id):

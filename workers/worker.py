@@ -172,6 +172,9 @@ class Worker:
         """The client is gone: stop all that it asked for."""
         for request_id in tuple(session.request_ids):
             self._abort(request_id)
+        # It may be back already: a session that died in silence is noticed late.
+        if all(other.client_id != session.client_id for other in self._server.sessions):
+            self.prefill.leave(session.client_id)
 
     def _abort(self, request_id: str) -> None:
         self.generate.abort(request_id)

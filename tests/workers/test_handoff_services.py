@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from pools import Client, assert_idle, peer_of, start, until
+from session_proxy import SessionProxy
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig
 from antiphon.errors import HandoffError
-from antiphon.messages import LinkOffer, Prefill, Role, SamplingParams, Submit
+from antiphon.messages import LinkOffer, Prefill, PrefillPeer, Role, SamplingParams, Submit
 from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.sender import HandoffSender
 from antiphon.workers.peers import Peers
@@ -73,6 +74,30 @@ def test_a_prompt_that_the_prefill_cache_cannot_hold_delays_nobody() -> None:
         assert client.paths == {too_long: "fallback", fits: "remote"}
         await assert_idle(prefill, decode)
         await close(client.session, prefill, decode)
+
+    run(scenario())
+
+
+def test_a_session_that_is_lost_takes_its_link_along() -> None:
+    """Where packets vanish nothing else would end it, at either end."""
+    model = tiny_model("llama")
+    prompts = [[seed + i for i in range(40)] for seed in (5, 50)]
+    expected = [oracle(model, prompt, MAX_TOKENS) for prompt in prompts]
+
+    async def scenario() -> None:
+        prefill, decode, client = await pair(model)
+        proxy = SessionProxy(prefill.card.url)
+        peer = PrefillPeer(await proxy.listen(), prefill.card.incarnation)
+        sender, receiver = prefill.prefill._sender, decode.generate.receiver
+        assert await client.finish(client.submit(prompts[0], MAX_TOKENS, peer)) == [expected[0]]
+        assert sender.num_links == receiver.num_links == 1
+        proxy.cut()
+        await until(lambda: sender.num_links == receiver.num_links == 0)
+        request_id = client.submit(prompts[1], MAX_TOKENS, peer)
+        assert await client.finish(request_id) == [expected[1]]
+        assert client.paths[request_id] == "remote"
+        await assert_idle(prefill, decode)
+        await close(client.session, prefill, decode, proxy)
 
     run(scenario())
 

@@ -53,7 +53,7 @@ class HandoffReceiver:
 
     def __init__(self, endpoint: Endpoint, limits: ReceiverLimits, on_complete: OnComplete) -> None:
         self._endpoint = endpoint
-        self._limits = limits
+        self.limits = limits
         self._on_complete = on_complete
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -91,7 +91,7 @@ class HandoffReceiver:
             link_id=link.link_id,
             receiver_incarnation=self._endpoint.incarnation,
             wire_fingerprint=self._endpoint.wire.fingerprint,
-            segment_bytes=self._limits.segment_bytes,
+            segment_bytes=self.limits.segment_bytes,
         )
 
     def expect(
@@ -115,7 +115,7 @@ class HandoffReceiver:
         with self._lock:
             if transfer_id in self._transfers or not 0 <= start < end:
                 raise ValueError(f"transfer {transfer_id} [{start}, {end}) is live or empty")
-            if len(self._transfers) >= self._limits.max_pending:
+            if len(self._transfers) >= self.limits.max_pending:
                 raise WorkerBusyError(f"{len(self._transfers)} prompts are awaited from prefill")
             link = self._links.get(link_id)
             if link is None or self._closed:
@@ -138,7 +138,7 @@ class HandoffReceiver:
         """
         with self._lock:
             has_link = peer_incarnation in self._current
-            if has_link or len(self._links) >= self._limits.max_links:
+            if has_link or len(self._links) >= self.limits.max_links:
                 return None
         offer = self.offer(peer_incarnation)
         with self._lock:
@@ -168,6 +168,15 @@ class HandoffReceiver:
             if link is not None and self._current.get(link.peer_incarnation) is link:
                 del self._current[link.peer_incarnation]
 
+    def leave(self, peer_incarnation: str) -> None:
+        """Give up a lost peer's links: where packets vanish nothing breaks them. Used ones go on."""
+        with self._lock:
+            self._current.pop(peer_incarnation, None)
+            links = [li for li in self._links.values() if li.peer_incarnation == peer_incarnation]
+            idle = [self._links.pop(link.link_id) for link in links if not link.transfers]
+        for link in idle:
+            link.close()
+
     def counters(self) -> HandoffCounters:
         """What was received and discarded so far."""
         return self.tally.snapshot()
@@ -184,11 +193,6 @@ class HandoffReceiver:
         with self._lock:
             return len(self._transfers)
 
-    @property
-    def limits(self) -> ReceiverLimits:
-        """As given."""
-        return self._limits
-
     def close(self) -> None:
         """Break all links; ends live transfers with ``LinkBrokenError``."""
         with self._lock:
@@ -199,8 +203,8 @@ class HandoffReceiver:
             link.close()
         self._endpoint.transport.close()
         for link in links:
-            link.join(2 * self._limits.io_timeout_seconds + 1)
-        self._watchdog.join(self._limits.io_timeout_seconds)
+            link.join(2 * self.limits.io_timeout_seconds + 1)
+        self._watchdog.join(self.limits.io_timeout_seconds)
         for transfer in self._live_transfers():
             self.end(transfer, LinkBrokenError("this worker's hand-off receiver was closed"))
 
@@ -250,7 +254,7 @@ class HandoffReceiver:
             return list(self._transfers.values())
 
     def _make_room(self) -> ReceiverLink | None:
-        if len(self._links) < self._limits.max_links:
+        if len(self._links) < self.limits.max_links:
             return None
         for link in [*self._current.values(), *self._links.values()]:
             if not link.transfers:
@@ -276,7 +280,7 @@ class HandoffReceiver:
     def _watch(self) -> None:
         while (transfer := self._next_overdue()) is not None:
             self.retire(transfer.link_id)
-            timeout = self._limits.timeout_seconds
+            timeout = self.limits.timeout_seconds
             self.end(transfer, HandoffError(f"{transfer.progress} in {timeout} s; timed out"))
 
     def _next_overdue(self) -> Incoming | None:
@@ -286,7 +290,7 @@ class HandoffReceiver:
                 oldest = next(iter(self._transfers.values()), None)
                 wait_seconds = _IDLE_SECONDS
                 if oldest is not None:
-                    deadline = oldest.began + self._limits.timeout_seconds
+                    deadline = oldest.began + self.limits.timeout_seconds
                     wait_seconds = deadline - time.monotonic()
                     if wait_seconds <= 0:
                         return oldest

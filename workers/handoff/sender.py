@@ -66,7 +66,7 @@ class HandoffSender:
             WorkerBusyError: All links are in use; nothing was opened.
             LinkBrokenError: The sender is closed.
         """
-        evicted = None
+        unused: list[SenderLink] = []
         with self._lock:
             self._check_open()
             if transfer_id in self._transfers:
@@ -74,13 +74,13 @@ class HandoffSender:
             key = (offer.address, offer.link_id)
             link = self._links.pop(key, None)
             if link is None:
-                evicted = self._make_room()
+                unused = self._let_go(offer.receiver_incarnation) or self._make_room()
                 link = self._new_link(offer)
             self._links[key] = link
             self._transfers[transfer_id] = link
             link.add(Outgoing(transfer_id, first_token, first_token))
-        if evicted is not None:
-            evicted.close()
+        for each in unused:
+            each.close()
 
     def prewarm(self, offer: LinkOffer) -> None:
         """Make a link before a transfer wants it, in the background.
@@ -94,9 +94,24 @@ class HandoffSender:
             key = (offer.address, offer.link_id)
             if key in self._links:
                 return
-            if len(self._links) >= self._limits.max_links:
-                raise WorkerBusyError(f"{len(self._links)} hand-off links are open already")
-            self._links[key] = self._new_link(offer)
+            unused = self._let_go(offer.receiver_incarnation)
+            is_allowed = len(self._links) < self._limits.max_links
+            if is_allowed:
+                self._links[key] = self._new_link(offer)
+        for each in unused:
+            each.close()
+        if not is_allowed:
+            raise WorkerBusyError(f"{self._limits.max_links} hand-off links are open already")
+
+    def leave(self, receiver_incarnation: str) -> None:
+        """Give up the idle links to a receiver that is lost.
+
+        Where its packets vanish, nothing else would end them; those in use break by their time-out.
+        """
+        with self._lock:
+            unused = self._let_go(receiver_incarnation)
+        for each in unused:
+            each.close()
 
     def push(self, transfer_id: str, block_table: Sequence[int], start: int, end: int) -> None:
         """Say that KV of tokens ``[start, end)`` is computed; on the engine's thread, never blocks.
@@ -150,12 +165,21 @@ class HandoffSender:
         link.start(self._lock, self._end)
         return link
 
-    def _make_room(self) -> SenderLink | None:
+    def _let_go(self, receiver_incarnation: str) -> list[SenderLink]:
+        """Take out the idle links to a receiver, which offers one at a time: it left these."""
+        left = [
+            key
+            for key, link in self._links.items()
+            if link.is_idle and link.offer.receiver_incarnation == receiver_incarnation
+        ]
+        return [self._links.pop(key) for key in left]
+
+    def _make_room(self) -> list[SenderLink]:
         if len(self._links) < self._limits.max_links:
-            return None
+            return []
         for key, link in self._links.items():
             if link.is_idle:
-                return self._links.pop(key)
+                return [self._links.pop(key)]
         raise WorkerBusyError(f"all {len(self._links)} hand-off links of this worker are in use")
 
     def _end(self, link: SenderLink, transfer: Outgoing | None, error: HandoffError | None) -> None:

@@ -158,6 +158,32 @@ def test_a_restarted_sender_is_a_stranger(pair):
     assert not pair.target.slots.any()
 
 
+def test_a_sender_lets_go_of_links_that_are_not_offered_any_more(pair):
+    first = pair.transfer(SOURCE, TARGET, 0, 4)
+    assert pair.next_completed()[0] == first
+    pair.receiver.retire(pair.receiver.offer("prefill-1").link_id)  # as when the peer seems to hang
+    second = pair.transfer(SOURCE, TARGET, 4, 8)
+    assert pair.next_completed() == (second, 4, None)
+    assert pair.sender.num_links == 1
+
+
+@pytest.mark.parametrize("end", ["sender", "receiver"])
+def test_a_lost_peer_leaves_no_link_behind_but_those_in_use(pair, end):
+    used = pair.begin(SOURCE, TARGET, 0, 4)
+    here, peer = getattr(pair, end), {"sender": "decode-1", "receiver": "prefill-1"}[end]
+    here.leave(peer)
+    pair.send_all(used, SOURCE, 0, 4)
+    assert pair.next_completed() == (used, 4, None)
+    assert pair.next_done()[0] == used
+    here.leave(peer)
+    wait_until(lambda: here.num_links == 0)
+    if end == "sender":  # the receiver always reads, and sees it; an idle sender does not
+        wait_until(lambda: pair.receiver.num_links == 0)
+    again = pair.transfer(SOURCE, TARGET, 4, 8)
+    assert pair.next_completed() == (again, 4, None)
+    wait_until(lambda: pair.sender.num_links == pair.receiver.num_links == 1)
+
+
 def test_a_silent_sender_times_out_and_gets_another_link(make_memory_pair):
     limits = ReceiverLimits(timeout_seconds=0.05, io_timeout_seconds=1)
     pair = make_memory_pair(receiver_limits=limits)
