@@ -124,7 +124,7 @@ def app(args: AppArguments) -> serve.Application:
         num_replicas=args.http.ingress_replicas,
         # The application bounds itself, with an answer in OpenAI's shape.
         max_ongoing_requests=4 * args.http.max_concurrent_requests,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": args.http.resources},
         health_check_period_s=_HEALTH_PERIOD_SECONDS,
         max_surge_percent=100,  # it needs no CPU of its own, and requests need one that runs
         # Serve waits for open HTTP requests, whose streams pass through its proxy.

@@ -106,9 +106,10 @@ def summary(config: AntiphonConfig) -> list[str]:
         _count(sum(pool.replicas * pool.num_gpus for pool in pools.values()), "GPU"),
     ]
     resources: dict[str, float] = {}
-    for pool in pools.values():
-        for name, amount in pool.resources.items():
-            resources[name] = resources.get(name, 0.0) + pool.replicas * amount
+    asking = [(pool.replicas, pool.resources) for pool in pools.values()]
+    for replicas, wanted in [*asking, (http.ingress_replicas, http.resources)]:
+        for name, amount in wanted.items():
+            resources[name] = resources.get(name, 0.0) + replicas * amount
     needed += [f"{amount:g} of {name}" for name, amount in sorted(resources.items())]
     lines.append(f"needs     {', '.join(needed)}")
     lines.append(f"endpoint  {http.host}:{http.port}, {http.ingress_replicas} of the ingress")

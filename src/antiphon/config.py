@@ -180,6 +180,10 @@ class HttpConfig(_Section):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port to listen on.")
     ingress_replicas: Annotated[int, Field(ge=1)] = Field(1, description="Ingress processes.")
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="Custom Ray resources of each ingress, to keep it off the head, for example.",
+    )
     max_concurrent_requests: Annotated[int, Field(ge=1)] = Field(
         512, description="Choices one ingress generates at once; above that: 503."
     )

@@ -16,7 +16,7 @@ DOCUMENT = {
     "model": {"source": "/models/mine", "served_name": "m"},
     "prefill": {"replicas": 2, "num_gpus": 1, "resources": {"rack": 0.5}},
     "decode": {"num_cpus": 2, "resources": {"rack": 1}, "engine": {"kv_cache_bytes": "2GiB"}},
-    "http": {"port": 9000},
+    "http": {"port": 9000, "resources": {"door": 0.5}},
 }
 WRONG = {"model": {"sorce": "x"}, "http": {"port": 0}}
 
@@ -49,7 +49,7 @@ def test_a_good_file_is_summed_up(tmp_path: Path, content: Any, part: str) -> No
         "  model     /models/mine, served as m",
         "  prefill   2 workers, each with 1 CPU and 1 GPU",
         "  decode    1 worker, each with 2 CPUs and 0 GPUs",
-        "  needs     4 CPUs, 2 GPUs, 2 of rack",
+        "  needs     4 CPUs, 2 GPUs, 0.5 of door, 2 of rack",
         "  endpoint  127.0.0.1:9000, 1 of the ingress",
     ]
 

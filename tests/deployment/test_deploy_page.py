@@ -89,4 +89,7 @@ def test_nodes_start_with_options_that_ray_has(kind: str, tmp_path: Path) -> Non
         assert (parsed["head"], parsed["num_cpus"], parsed["num_gpus"]) == (True, 0, 0)
     else:
         assert parsed["address"] == "10.0.0.10:6379"
-        assert yaml.safe_load(parsed["resources"]) == {"antiphon_decode": 4}
+        assert yaml.safe_load(parsed["resources"]) == {
+            "antiphon_decode": 4,
+            "antiphon_ingress": 1,
+        }

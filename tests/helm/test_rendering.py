@@ -45,6 +45,7 @@ def test_the_configuration_is_passed_through(helm: Helm, config: dict[str, Any])
     expected = parse_config(config).model_dump()
     for role, section in parse_config(config).pools.items():
         expected[role]["resources"] = {**section.resources, f"antiphon_{role}": 1}
+    expected["http"]["resources"] = {"antiphon_ingress": 0.001}
     assert arguments(helm.render(overrides={"config": config})).model_dump() == expected
 
 
@@ -61,7 +62,8 @@ def test_each_pool_has_pods_that_hold_its_workers(
         pool, node = expected[role], ray_nodes.node_options(group["rayStartParams"])
         assert group["replicas"] == group["maxReplicas"] == -(-pool.replicas // per_pod)
         offered = {name: per_pod * amount for name, amount in pool.resources.items()}
-        assert node["resources"] == {f"antiphon_{role}": per_pod, **offered}
+        places = {f"antiphon_{role}": per_pod, "antiphon_ingress": 1}
+        assert node["resources"] == {**places, **offered}
         assert node["num_cpus"] >= per_pod * pool.num_cpus
         assert node["num_gpus"] == per_pod * pool.num_gpus
         resources = group["template"]["spec"]["containers"][0]["resources"]

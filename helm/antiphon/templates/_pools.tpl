@@ -34,7 +34,7 @@ maxPods: {{ $maxPods }}
 cpus: {{ $cpus }}
 gpus: {{ int $gpus }}
 drainSeconds: {{ $section.drain_seconds | default 20 }}
-{{- $offered := dict (include "antiphon.poolResource" .pool) $perPod -}}
+{{- $offered := dict (include "antiphon.poolResource" .pool) $perPod "antiphon_ingress" 1 -}}
 {{- range $name, $amount := $section.resources | default dict -}}
 {{- $_ := set $offered $name (mulf $perPod $amount) -}}
 {{- end }}
@@ -61,6 +61,10 @@ resources: {{ $offered | toJson }}
 {{- $_ := set $config $pool $section -}}
 {{- end -}}
 {{- end -}}
+{{- /* Not on the head, whose loss would take it along; any number of them fits on one pod. */}}
+{{- $http := get $config "http" | default dict -}}
+{{- $_ := set $http "resources" (merge (dict "antiphon_ingress" 0.001) ($http.resources | default dict)) -}}
+{{- $_ := set $config "http" $http -}}
 proxy_location: EveryNode
 http_options:
   host: 0.0.0.0
