@@ -18,6 +18,16 @@ STOP_SECONDS = 60.0
 _MARK = "ANTIPHON_TEST_RUN"
 
 
+def sum_of(exposition: str, name: str, labels: dict[str, str]) -> float:
+    """Sum of the samples of a metric, in Prometheus' text format, whose labels match."""
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in exposition.splitlines()
+        if line.startswith(f"{name}{{") and all(w in line for w in wanted)
+    )
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -28,8 +38,10 @@ def free_port() -> int:
 class Product:
     """A command that serves HTTP, its log, and every process it started."""
 
-    def __init__(self, command: list[str], port: int, folder: Path) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(
+        self, command: list[str], port: int, folder: Path, host: str = "127.0.0.1"
+    ) -> None:
+        self.url = f"http://{host}:{port}"
         self.log = folder / "log"
         self._mark = uuid.uuid4().hex
         executable = Path(sys.executable).parent / command[0]
@@ -39,7 +51,7 @@ class Product:
                 cwd=folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 env={**os.environ, _MARK: self._mark, "OMP_WAIT_POLICY": "PASSIVE"},
             )
 
@@ -61,12 +73,7 @@ class Product:
         """Sum of the ingress's samples of a metric whose labels match."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
             text = answer.read().decode()
-        wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        return sum(
-            float(line.rpartition(" ")[2])
-            for line in text.splitlines()
-            if line.startswith(f"{name}{{") and all(w in line for w in wanted)
-        )
+        return sum_of(text, name, labels)
 
     def workers(self, role: str) -> list[dict[str, Any]]:
         return [worker for worker in self.get("/workers") if worker["role"] == role]
@@ -76,7 +83,7 @@ class Product:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(STOP_SECONDS)
+            self.process.communicate(timeout=STOP_SECONDS)
             wait_for(lambda: not self.processes(), 10.0, lambda: f"left: {self.processes()}")
         finally:
             for pid in self.processes():
