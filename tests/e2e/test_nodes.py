@@ -29,13 +29,13 @@ from processes import Product, sum_of, wait_for
 from tiny_folder import save_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-WHY_NOT = network.why_not()
 CLUSTER_FILE = Path(__file__).parents[2] / "deployment/ray-cluster.yaml"
 NODES = ["head", "p1", "p2", "d1", "d2"]
 PORT = 8000
 HEARTBEAT_SECONDS = 7.5  # after which a session with a peer that is silent is given up
 SLACK_SECONDS = 8.0  # for the answer itself, on a machine that also starts Ray's nodes
-# Ray's defaults take half a minute to declare a node dead.
+KEEPALIVE_SECONDS = 20.0  # after which Ray gives up a connection, as the cluster file has it
+# Ray's defaults take a minute to declare a node dead whose packets vanish.
 QUICK = {"period_ms": "1000", "timeout_ms": "2000", "initial_delay_ms": "1000"}
 
 
@@ -126,8 +126,8 @@ def node_options(made: Network, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Cluster]:
-    if WHY_NOT is not None:
-        pytest.skip(WHY_NOT)
+    if (reason := network.why_not()) is not None:
+        pytest.skip(reason)
     folder = tmp_path_factory.mktemp("nodes")
     model = save_tiny_model(folder / "tiny", smollm2_path)
     # Ray's sockets are in it, whose paths may not be long; and no other Ray here must find it.
@@ -189,7 +189,11 @@ def test_each_worker_is_reached_at_the_address_of_its_node(
 def test_a_partition_between_a_pair_is_answered_around_and_forgotten(
     cluster: Cluster, asked: list[Question]
 ) -> None:
-    """Packets between one prefill and one decode node vanish; both still reach all others."""
+    """Packets between one prefill and one decode node vanish; both still reach all others.
+
+    The prefill node's HTTP proxy, too, is cut off from the ingress on the decode node. Requests
+    that are under way there end with an error, in bounded time.
+    """
     prefill, decode = (cluster.workers()[name] for name in ("p1", "d1"))
 
     def failed() -> float:
@@ -197,11 +201,14 @@ def test_a_partition_between_a_pair_is_answered_around_and_forgotten(
         return metric(decode, name) - metric(decode, name, outcome="complete")
 
     with HttpLoad([cluster.url("d1"), cluster.url("d2")], asked) as load:
-        before = failed()
-        cluster.network.part("p1", "d1")
-        wait_for(lambda: metric(decode, "antiphon_handoff_links") == 1, 30)
-        load.more(len(asked))
-        assert failed() > before
+        with HttpLoad([cluster.url("p1")], asked) as through_prefill:
+            before = failed()
+            cluster.network.part("p1", "d1")
+            wait_for(lambda: metric(decode, "antiphon_handoff_links") == 1, 30)
+            load.more(len(asked))
+            assert failed() > before
+        assert not any("wrong" in problem for problem in through_prefill.problems)
+        assert through_prefill.slowest_seconds < KEEPALIVE_SECONDS + SLACK_SECONDS
         cluster.network.heal("p1", "d1")
         # At most 30 s shunned, and only a request that is sent there makes the link anew.
         wait_for(lambda: metric(decode, "antiphon_handoff_links") == 2, 60)

@@ -48,7 +48,6 @@ class HttpLoad:
     """
 
     def __init__(self, urls: Sequence[str], asked: Sequence[Question]) -> None:
-        self._urls = urls
         self._asked = asked
         self._next = 0
         self._lock = threading.Lock()

@@ -169,7 +169,7 @@ class HandoffReceiver:
                 del self._current[link.peer_incarnation]
 
     def leave(self, peer_incarnation: str) -> None:
-        """Give up a lost peer's links: where packets vanish nothing breaks them. Used ones go on."""
+        """Give up the idle links of a lost peer: where its packets vanish, nothing breaks them."""
         with self._lock:
             self._current.pop(peer_incarnation, None)
             links = [li for li in self._links.values() if li.peer_incarnation == peer_incarnation]
