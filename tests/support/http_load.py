@@ -53,7 +53,7 @@ class HttpLoad:
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
         self._clients = [
-            threading.Thread(target=self._ask, args=[urls[number % len(urls)]])
+            threading.Thread(target=self._ask, args=[urls[number % len(urls)]], daemon=True)
             for number in range(NUM_CLIENTS)
         ]
         self.num_right = 0

@@ -38,10 +38,8 @@ def free_port() -> int:
 class Product:
     """A command that serves HTTP, its log, and every process it started."""
 
-    def __init__(
-        self, command: list[str], port: int, folder: Path, host: str = "127.0.0.1"
-    ) -> None:
-        self.url = f"http://{host}:{port}"
+    def __init__(self, command: list[str], port: int, folder: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log"
         self._mark = uuid.uuid4().hex
         executable = Path(sys.executable).parent / command[0]

@@ -104,12 +104,15 @@ class HandoffSender:
             raise WorkerBusyError(f"{self._limits.max_links} hand-off links are open already")
 
     def leave(self, receiver_incarnation: str) -> None:
-        """Give up the idle links to a receiver that is lost.
+        """Give up the links to a receiver that is lost, each with the end of its last transfer.
 
-        Where its packets vanish, nothing else would end them; those in use break by their time-out.
+        Where packets vanish, nothing else ends a link. Transfers must have been aborted: what the
+        receiver has not read yet is lost.
         """
         with self._lock:
             unused = self._let_go(receiver_incarnation)
+            for _, link in self._links_to(receiver_incarnation):
+                link.is_left = True
         for each in unused:
             each.close()
 
@@ -167,12 +170,14 @@ class HandoffSender:
 
     def _let_go(self, receiver_incarnation: str) -> list[SenderLink]:
         """Take out the idle links to a receiver, which offers one at a time: it left these."""
-        left = [
-            key
-            for key, link in self._links.items()
-            if link.is_idle and link.offer.receiver_incarnation == receiver_incarnation
+        idle = [key for key, link in self._links_to(receiver_incarnation) if link.is_idle]
+        return [self._links.pop(key) for key in idle]
+
+    def _links_to(self, receiver_incarnation: str) -> list[tuple[tuple[str, str], SenderLink]]:
+        links = self._links.items()
+        return [
+            each for each in links if each[1].offer.receiver_incarnation == receiver_incarnation
         ]
-        return [self._links.pop(key) for key in left]
 
     def _make_room(self) -> list[SenderLink]:
         if len(self._links) < self._limits.max_links:
@@ -189,7 +194,10 @@ class HandoffSender:
                 del self._transfers[each.transfer_id]
                 del link.transfers[each.transfer_id]
             key = (link.offer.address, link.offer.link_id)
-            if transfer is None and self._links.get(key) is link:
+            is_unused = link.is_left and link.is_idle
+            if (transfer is None or is_unused) and self._links.get(key) is link:
                 del self._links[key]
         for each in ended:
             self._on_done(each.transfer_id, error, each.num_bytes, each.busy_seconds)
+        if is_unused:
+            link.close()

@@ -58,6 +58,7 @@ class SenderLink:
         self, endpoint: Endpoint, limits: SenderLimits, offer: LinkOffer, tally: Tally
     ) -> None:
         self.offer = offer
+        self.is_left = False  # guarded by the sender's lock: to be closed once it is idle
         self.transfers: dict[str, Outgoing] = {}  # oldest first; the sender removes what ended
         self._endpoint = endpoint
         self._timeout_seconds = limits.timeout_seconds

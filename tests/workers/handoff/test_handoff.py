@@ -167,21 +167,29 @@ def test_a_sender_lets_go_of_links_that_are_not_offered_any_more(pair):
     assert pair.sender.num_links == 1
 
 
-@pytest.mark.parametrize("end", ["sender", "receiver"])
-def test_a_lost_peer_leaves_no_link_behind_but_those_in_use(pair, end):
+def test_a_receiver_gives_up_the_link_of_a_lost_sender_after_its_last_transfer(pair):
     used = pair.begin(SOURCE, TARGET, 0, 4)
-    here, peer = getattr(pair, end), {"sender": "decode-1", "receiver": "prefill-1"}[end]
-    here.leave(peer)
+    pair.receiver.leave("prefill-1")
     pair.send_all(used, SOURCE, 0, 4)
     assert pair.next_completed() == (used, 4, None)
-    assert pair.next_done()[0] == used
-    here.leave(peer)
-    wait_until(lambda: here.num_links == 0)
-    if end == "sender":  # the receiver always reads, and sees it; an idle sender does not
-        wait_until(lambda: pair.receiver.num_links == 0)
+    wait_until(lambda: pair.receiver.num_links == 0)
     again = pair.transfer(SOURCE, TARGET, 4, 8)
     assert pair.next_completed() == (again, 4, None)
-    wait_until(lambda: pair.sender.num_links == pair.receiver.num_links == 1)
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_a_sender_gives_up_the_link_of_a_lost_receiver(pair, is_used):
+    transfer_id = pair.begin(SOURCE, TARGET, 0, 4)
+    if is_used:
+        pair.sender.abort(transfer_id, "lost")
+    else:
+        pair.send_all(transfer_id, SOURCE, 0, 4)
+        assert pair.next_done()[0] == pair.next_completed()[0] == transfer_id
+    pair.sender.leave("decode-1")
+    wait_until(lambda: pair.sender.num_links == pair.receiver.num_links == 0)
+    again = pair.transfer(SOURCE, TARGET, 4, 8)
+    wait_until(lambda: pair.arrived(SOURCE, TARGET, 4, 8))
+    assert again in {pair.next_completed()[0] for _ in range(1 + is_used)}
 
 
 def test_a_silent_sender_times_out_and_gets_another_link(make_memory_pair):
