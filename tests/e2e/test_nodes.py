@@ -34,7 +34,6 @@ NODES = ["head", "p1", "p2", "d1", "d2"]
 PORT = 8000
 HEARTBEAT_SECONDS = 7.5  # after which a session with a peer that is silent is given up
 SLACK_SECONDS = 8.0  # for the answer itself, on a machine that also starts Ray's nodes
-KEEPALIVE_SECONDS = 20.0  # after which Ray gives up a connection, as the cluster file has it
 # Ray's defaults take a minute to declare a node dead whose packets vanish.
 QUICK = {"period_ms": "1000", "timeout_ms": "2000", "initial_delay_ms": "1000"}
 
@@ -189,11 +188,7 @@ def test_each_worker_is_reached_at_the_address_of_its_node(
 def test_a_partition_between_a_pair_is_answered_around_and_forgotten(
     cluster: Cluster, asked: list[Question]
 ) -> None:
-    """Packets between one prefill and one decode node vanish; both still reach all others.
-
-    The prefill node's HTTP proxy, too, is cut off from the ingress on the decode node. Requests
-    that are under way there end with an error, in bounded time.
-    """
+    """Packets between one prefill and one decode node vanish; both still reach all others."""
     prefill, decode = (cluster.workers()[name] for name in ("p1", "d1"))
 
     def failed() -> float:
@@ -201,14 +196,11 @@ def test_a_partition_between_a_pair_is_answered_around_and_forgotten(
         return metric(decode, name) - metric(decode, name, outcome="complete")
 
     with HttpLoad([cluster.url("d1"), cluster.url("d2")], asked) as load:
-        with HttpLoad([cluster.url("p1")], asked) as through_prefill:
-            before = failed()
-            cluster.network.part("p1", "d1")
-            wait_for(lambda: metric(decode, "antiphon_handoff_links") == 1, 30)
-            load.more(len(asked))
-            assert failed() > before
-        assert not any("wrong" in problem for problem in through_prefill.problems)
-        assert through_prefill.slowest_seconds < KEEPALIVE_SECONDS + SLACK_SECONDS
+        before = failed()
+        cluster.network.part("p1", "d1")
+        wait_for(lambda: metric(decode, "antiphon_handoff_links") == 1, 30)
+        load.more(len(asked))
+        assert failed() > before
         cluster.network.heal("p1", "d1")
         # At most 30 s shunned, and only a request that is sent there makes the link anew.
         wait_for(lambda: metric(decode, "antiphon_handoff_links") == 2, 60)
@@ -242,6 +234,7 @@ def test_everything_serves_while_the_head_is_gone_and_serve_recovers(
     with HttpLoad([cluster.url("d1"), cluster.url("d2")], asked) as load:
         victim = cluster.workers()["p1"]
         cluster.order("kill", "head")
+        assert not is_ready(cluster.at("head"))
         load.more(len(asked))
         os.kill(victim["pid"], signal.SIGKILL)  # nobody can replace it now
         load.more(len(asked))

@@ -122,11 +122,11 @@ capabilities:
   value: PASSIVE
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
-{{- /* Where packets vanish, a proxy's request to an ingress elsewhere ends after 20 s, not 7 minutes. */}}
-- name: RAY_grpc_client_keepalive_time_ms
-  value: "10000"
-- name: RAY_grpc_client_keepalive_timeout_ms
-  value: "10000"
+{{- /* Where packets vanish, a proxy's request to an ingress elsewhere ends after 10 s, not minutes. */}}
+{{- range $name := list "grpc_client_keepalive_time_ms" "grpc_client_keepalive_timeout_ms" "grpc_keepalive_time_ms" "grpc_keepalive_timeout_ms" }}
+- name: RAY_{{ $name }}
+  value: "5000"
+{{- end }}
 {{- end -}}
 
 {{/* Those that KubeRay would inject need wget, and would leave the proxy out of the head's.
