@@ -73,12 +73,13 @@ def _serve_http(http: HttpConfig, document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chart_sections(config: AntiphonConfig) -> dict[str, Any]:
-    """What the chart adds: workers go to the pods of their pool, and Serve listens everywhere."""
+    """What the chart adds: workers go to pods of their pool, the ingress to any of them."""
     placed = {
         role: {**pool.model_dump(), "resources": {f"antiphon_{role}": 1.0, **pool.resources}}
         for role, pool in config.pools.items()
     }
-    return {**placed, "http": {**config.http.model_dump(), "host": "0.0.0.0"}}
+    places = {"antiphon_ingress": 0.001, **config.http.resources}
+    return {**placed, "http": {**config.http.model_dump(), "host": "0.0.0.0", "resources": places}}
 
 
 def _survey(config: AntiphonConfig, address: str | None, seconds: float) -> ClusterFacts:
