@@ -4,8 +4,8 @@ A prefill worker on core 1 and a decode worker on core 0 are started as the prod
 without Ray; this process is their client. Exposed is what lies between the end of the prompt's last
 step and the start of the first decode step: what the sender says in END of how long ago that step
 was, and what the decode worker's engine waited after that. Both are the workers' own figures
-(``antiphon_handoff_tail_seconds_total``, ``RequestTiming.wait``); only the way of the last message,
-well below a millisecond here, is in neither.
+(``antiphon_handoff_tail_seconds_total``, ``RequestTiming.decode_queue``); only the way of the last
+message, well below a millisecond here, is in neither.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ class Workers:
         timing = await asyncio.wait_for(self.first.get(), REQUEST_SECONDS)
         assert timing.prefill_path == "remote", timing
         tail = await asyncio.to_thread(self._tail_seconds) - before
-        return timing.prompt + timing.first_step, tail + timing.wait
+        return timing.total, tail + timing.decode_queue
 
     def _tail_seconds(self) -> float:
         url = self.decode.url.replace("ws://", "http://").replace("/session", "/metrics")

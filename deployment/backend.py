@@ -7,6 +7,7 @@ yields their output, and a ``Tokenizer``; both are protocols, so its tests run o
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Protocol
 
+from antiphon.deployment.journey import Journey
 from antiphon.messages import RequestOutput, SamplingParams
 
 
@@ -25,9 +26,19 @@ class Backend(Protocol):
         """Return whether requests can be served now, and the reason in words."""
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        journey: Journey | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield outputs until one has a finish reason; closing the generator aborts the work.
+
+        Args:
+            request_id: Unique.
+            prompt_token_ids: At least one.
+            sampling: How to go on from there.
+            journey: Where attempts are noted.
 
         Raises:
             AntiphonError: Any subclass, before the first output or after it.

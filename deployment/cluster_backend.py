@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from antiphon.config import RouterConfig
+from antiphon.deployment.journey import Attempt, Journey
 from antiphon.deployment.replay import Replay, replay_reason
 from antiphon.deployment.worker_connection import WorkerConnection
 from antiphon.errors import (
@@ -122,9 +123,14 @@ class ClusterBackend:
             self._announce_prefill_pool(tuple(self._connections.values()))
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        journey: Journey | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
+        journey = journey or Journey(time.monotonic())
         if self._stopping is not None:
             raise self._stopping
         self._num_open += 1
@@ -134,11 +140,12 @@ class ClusterBackend:
                 decision = await self._choose(replay)
                 request = _submit(request_id, replay, decision)
                 try:
-                    async with aclosing(self._attempt(decision, request)) as outputs:
+                    async with aclosing(self._attempt(decision, request, journey)) as outputs:
                         async for output in outputs:
-                            yield self._seen(replay.take(output))
+                            yield self._seen(replay.take(output), journey)
                     return
                 except (CapacityError, WorkerLostError, InvalidParameterError) as error:
+                    journey.failed(replay_reason(error))
                     self._attempt_failed(request_id, replay, decision, error)
             yield RequestOutput(request_id, [], finish_reason)
         finally:
@@ -181,9 +188,10 @@ class ClusterBackend:
                 replay.wait_or_raise(error, now)
             await asyncio.sleep(_POLL_SECONDS)
 
-    def _seen(self, output: RequestOutput) -> RequestOutput:
+    def _seen(self, output: RequestOutput, journey: Journey) -> RequestOutput:
+        journey.answered(output.timing)
         if timing := output.timing:
-            self._metrics.first_token(timing.prefill_path, timing.prompt + timing.first_step)
+            self._metrics.first_token(timing.prefill_path, timing.total)
         return output
 
     def _attempt_failed(
@@ -208,8 +216,10 @@ class ClusterBackend:
         return self._connections.keys() - self._listed.keys()
 
     async def _attempt(
-        self, decision: Decision, request: Submit
+        self, decision: Decision, request: Submit, journey: Journey
     ) -> AsyncGenerator[RequestOutput, None]:
+        attempt = Attempt(decision, request.request_id, time.monotonic())
+        journey.sent(attempt)
         connection = self._connections.get(decision.decode.incarnation)
         if connection is None:
             raise WorkerLostError(f"the session with {decision.decode.replica_id} has just ended")
@@ -226,6 +236,7 @@ class ClusterBackend:
                     yield output
         finally:
             self._policy.on_finished(decision)
+            attempt.ended_at = time.monotonic()
 
     def _first_token_came(self, decision: Decision) -> None:
         self._policy.on_first_token(decision)
@@ -274,7 +285,7 @@ class ClusterBackend:
     def _announce_prefill_pool(self, connections: Iterable[WorkerConnection]) -> None:
         """Let decode workers prewarm their links."""
         cards = [card for card in self._listed.values() if card.role is Role.PREFILL]
-        pool = PrefillPool(tuple(PrefillPeer(card.url, card.incarnation) for card in cards))
+        pool = PrefillPool(tuple(_peer(card) for card in cards))
         for connection in connections:
             if connection.card.role is Role.DECODE:
                 connection.announce(pool)
@@ -298,5 +309,9 @@ def _submit(request_id: str, replay: Replay, decision: Decision) -> Submit:
     # Clients may name their requests, and two may choose one name: what workers see is unique.
     request_id = f"{request_id}-{secrets.token_hex(8)}"
     cards = (decision.prefill, *decision.alternates) if decision.prefill else ()
-    candidates = tuple(PrefillPeer(card.url, card.incarnation) for card in cards)
+    candidates = tuple(_peer(card) for card in cards)
     return Submit(request_id, replay.prompt_token_ids, replay.sampling, candidates)
+
+
+def _peer(card: WorkerCard) -> PrefillPeer:
+    return PrefillPeer(card.url, card.incarnation, card.replica_id)

@@ -22,7 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from antiphon import __version__
 from antiphon.deployment.backend import Backend, Tokenizer
 from antiphon.deployment.http_completion import CompletionResponse
-from antiphon.deployment.http_errors import REQUEST_ID_KEY, add_error_handlers, describe
+from antiphon.deployment.http_errors import (
+    ARRIVED_AT_KEY,
+    REQUEST_ID_KEY,
+    add_error_handlers,
+    describe,
+)
 from antiphon.deployment.http_generation import Slots
 from antiphon.deployment.http_planning import Planner
 from antiphon.deployment.openai_api import ChatCompletionRequest, CompletionRequest
@@ -107,7 +112,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
-        scope[REQUEST_ID_KEY] = request_id
+        scope[REQUEST_ID_KEY], scope[ARRIVED_AT_KEY] = request_id, time.monotonic()
         is_started = False
 
         async def send_with_id(message: Message) -> None:

@@ -5,13 +5,14 @@ it a failure is an ``error`` event that ends the stream without ``[DONE]``.
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from antiphon.deployment.http_errors import REQUEST_ID_KEY, describe
+from antiphon.deployment.http_errors import ARRIVED_AT_KEY, REQUEST_ID_KEY, describe
 from antiphon.deployment.http_generation import (
     Choice,
     ClientGone,
@@ -55,7 +56,9 @@ class Answer:
     def take(self, batch: Sequence[tuple[int, RequestOutput]]) -> dict[int, str]:
         """Add outputs; return the new text of each unfinished choice among them."""
         texts: dict[int, str] = {}
+        now = time.monotonic()
         for index, output in batch:
+            self._choices[index].journey.took(len(output.token_ids), now)
             stream = self.streams[index]
             if index not in texts and stream.finish_reason is not None:
                 continue
@@ -150,7 +153,7 @@ class CompletionResponse(Response):
         planner, body, request_id = self._planner, self._body, scope[REQUEST_ID_KEY]
         write = self._write_stream if body.stream else self._write_whole
         with self._slots.hold(planner.count_choices(body)) as release_slots:
-            choices = await planner.plan(body)
+            choices = await planner.plan(body, scope[ARRIVED_AT_KEY])
             answer = Answer(choices, [self._text_stream() for _ in choices])
             try:
                 async with Generations(planner.backend, request_id, choices) as generations:

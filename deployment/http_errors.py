@@ -32,7 +32,9 @@ from antiphon.errors import (
     WorkerLostError,
 )
 
-REQUEST_ID_KEY = "antiphon.request_id"  # in the ASGI scope, set by the request id middleware
+# In the ASGI scope, set by the request id middleware.
+REQUEST_ID_KEY = "antiphon.request_id"
+ARRIVED_AT_KEY = "antiphon.arrived_at"  # ``time.monotonic``
 
 logger = logging.getLogger(__name__)
 

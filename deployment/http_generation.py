@@ -19,6 +19,7 @@ from typing import Any, Self
 from starlette.types import Receive
 
 from antiphon.deployment.backend import Backend
+from antiphon.deployment.journey import Journey
 from antiphon.errors import CapacityError, InvalidParameterError, WorkerLostError
 from antiphon.messages import RequestOutput, SamplingParams
 
@@ -72,6 +73,7 @@ class Choice:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     counts_prompt: bool  # whether this is the first choice of its prompt
+    journey: Journey
 
 
 class Generations:
@@ -127,7 +129,9 @@ class Generations:
 
     async def _drain(self, index: int, choice: Choice) -> None:
         request_id = f"{self._request_id}-{index}"
-        outputs = self._backend.generate(request_id, choice.prompt_token_ids, choice.sampling)
+        outputs = self._backend.generate(
+            request_id, choice.prompt_token_ids, choice.sampling, choice.journey
+        )
         try:
             async with aclosing(outputs):
                 async for output in outputs:

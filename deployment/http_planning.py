@@ -11,6 +11,7 @@ from functools import partial
 
 from antiphon.deployment.backend import Backend, Tokenizer
 from antiphon.deployment.http_generation import Choice
+from antiphon.deployment.journey import Journey
 from antiphon.deployment.openai_api import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletionRequest,
@@ -32,8 +33,8 @@ class Planner:
         self.backend = backend
         self.tokenizer = tokenizer
 
-    async def plan(self, body: Body) -> list[Choice]:
-        """Decide on every choice.
+    async def plan(self, body: Body, arrived_at: float) -> list[Choice]:
+        """Decide on every choice of a request that arrived then, by ``time.monotonic``.
 
         Raises:
             UnknownModelError: The request names another model.
@@ -47,7 +48,8 @@ class Planner:
             max_tokens = self._max_tokens(body, len(prompt_token_ids))
             for index in range(body.n):
                 sampling = self._sampling(body, max_tokens, index)
-                choices.append(Choice(prompt_token_ids, sampling, counts_prompt=index == 0))
+                journey = Journey(arrived_at, len(prompt_token_ids))
+                choices.append(Choice(prompt_token_ids, sampling, index == 0, journey))
         return choices
 
     @staticmethod

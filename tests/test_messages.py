@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from antiphon.messages import (
     Abort,
     BlockHash,
+    FailedPrefill,
     Hello,
     LinkOffer,
     Load,
@@ -17,6 +18,7 @@ from antiphon.messages import (
     PrefillPool,
     Prewarm,
     Refused,
+    RemotePrefill,
     RequestOutput,
     RequestTiming,
     Role,
@@ -38,6 +40,8 @@ BLOCK_SIZES = st.integers(1, 9)
 CARD = WorkerCard(
     "r", "i", Role.DECODE, "ws://h:1/session", "f", 16, 9, 100, 46_080, 23_040, 7, "n"
 )
+REMOTE = RemotePrefill("p", 0.5, 0.25, 0.125, 16, 48)
+TIMING = RequestTiming("remote", 0.25, remote=REMOTE, failed=(FailedPrefill("q", "busy", 0.5),))
 OFFER = LinkOffer("gloo", "h:2", "l", "i", "w")
 LOAD = Load(1, 2, 3, 4, 5.5, 0.25)
 CLIENT_MESSAGES = [
@@ -56,7 +60,7 @@ WORKER_MESSAGES = [
     StepOutput(
         [
             RequestOutput("a", [1]),
-            RequestOutput("b", [2, 3], "stop", 16, RequestTiming(0.5, 0.1, "remote")),
+            RequestOutput("b", [2, 3], "stop", 16, TIMING),
         ]
     ),
     PrefillDone("r", 16, 2**40, 0.5, 0.25),

@@ -10,18 +10,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from antiphon.errors import AntiphonError, StepAbandonedError, WorkerBusyError
-from antiphon.messages import BlockHash, Load, RequestOutput
+from antiphon.messages import BlockHash, Load, RequestOutput, RequestTiming
 from antiphon.workers.batch import Batch
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.request import PrefillPath, Request
 from antiphon.workers.scheduler import Scheduler, SchedulerConfig
 from antiphon.workers.step_times import StepTimes
+from antiphon.workers.timeline import Handoff
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request, or raise as ``check_room`` does; from one thread only."""
         self.check_room()
-        request.submitted_at = time.monotonic()
+        request.timeline.submitted_at = time.monotonic()
         self._num_added += 1
         self._commands.put(lambda: self._add(request))
 
@@ -134,10 +135,16 @@ class Engine:
         self._aborting.add(request_id)
         self._commands.put(lambda: self._abort(request_id, keep_blocks))
 
-    def kv_arrived(self, request_id: str, num_tokens: int, path: PrefillPath) -> None:
+    def kv_arrived(self, request_id: str, num_tokens: int, handoff: Handoff) -> None:
         """KV of the first ``num_tokens`` tokens of an AWAITING_KV request is in the cache."""
         now = time.monotonic()
-        self._commands.put(lambda: self._scheduler.kv_arrived(request_id, num_tokens, path, now))
+
+        def arrived() -> None:
+            scheduler = self._scheduler
+            if request := scheduler.kv_arrived(request_id, num_tokens, PrefillPath.REMOTE, now):
+                request.timeline.handoff = handoff
+
+        self._commands.put(arrived)
 
     def call(self, function: Callable[[Scheduler], None]) -> None:
         """Run a function on the engine thread between steps (snapshots, checks)."""
@@ -222,7 +229,7 @@ class Engine:
         self._scheduler.abort(request_id, keep_blocks=keep_blocks)
 
     def _schedule(self) -> Batch | None:
-        batch = self._scheduler.schedule()
+        batch = self._scheduler.schedule(time.monotonic())
         for request in self._scheduler.take_reserved():
             self._listener.on_reserved(request)
         self._report_prefilled()
@@ -242,36 +249,36 @@ class Engine:
             self._fail(batch, error)
             return
         now = time.monotonic()
-        first_tokens = {
-            c.request.request_id
-            for c in batch.chunks
-            if c.samples and not c.request.output_token_ids
+        timings = {
+            chunk.request.request_id: chunk.request.timeline.timing(
+                chunk.request.path, (started, now), computes_prompt=chunk.num_tokens > 1
+            )
+            for chunk in batch.chunks
+            if chunk.samples and not chunk.request.output_token_ids
         }
-        self._scheduler.complete(batch, token_ids, started)
+        self._scheduler.complete(batch, token_ids, now)
         self._measure(batch, now - started, now)
-        self._report(batch, token_ids, first_tokens, now)
+        self._report(batch, token_ids, timings)
 
     def _is_abandoned(self, batch: Batch) -> bool:
         aborting = self._aborting
         return bool(aborting) and all(c.request.request_id in aborting for c in batch.chunks)
 
     def _report(
-        self, batch: Batch, token_ids: Sequence[int], first_tokens: set[str], now: float
+        self, batch: Batch, token_ids: Sequence[int], timings: Mapping[str, RequestTiming]
     ) -> None:
         outputs = []
-        began_at = self._step_began_at or now
         sampled = iter(token_ids)
         for chunk in batch.chunks:
             request = chunk.request
             if chunk.samples:
-                is_first = request.request_id in first_tokens
                 outputs.append(
                     RequestOutput(
                         request_id=request.request_id,
                         token_ids=[next(sampled)],
                         finish_reason=request.finish_reason,
                         num_cached_tokens=request.num_cached_tokens,
-                        timing=request.timing(began_at, now) if is_first else None,
+                        timing=timings.get(request.request_id),
                     )
                 )
             elif request.is_prefill_only and request.num_remaining_tokens:

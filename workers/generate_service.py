@@ -107,7 +107,7 @@ class GenerateService:
                 continue  # aborted since
             by_session.setdefault(job.session, []).append(output)
             if output.timing is not None:
-                self._metrics.decode_waited(output.timing.prefill_path, output.timing.wait)
+                self._metrics.decode_waited(output.timing.prefill_path, output.timing.decode_queue)
             if output.finish_reason is not None:
                 self._end(output.request_id, output.finish_reason)
         for session, session_outputs in by_session.items():
@@ -135,10 +135,9 @@ class GenerateService:
 
     # From the ladder.
 
-    def kv_arrived(self, request_id: str) -> None:
+    def kv_arrived(self, wanted: Wanted) -> None:
         """All that was wanted is in place."""
-        num_tokens = len(self._jobs[request_id].message.prompt_token_ids) - 1
-        self._engine.kv_arrived(request_id, num_tokens, PrefillPath.REMOTE)
+        self._engine.kv_arrived(wanted.request_id, len(wanted.token_ids), wanted.handoff)
 
     def compute_here(self, wanted: Wanted) -> asyncio.Future[bool]:
         """Compute what did not arrive, if not too many prompt tokens are queued already."""
@@ -150,9 +149,11 @@ class GenerateService:
             num_tokens = num_queued + wanted.num_missing
             has_room = num_queued == 0 or num_tokens <= self._limits.max_fallback_tokens
             if has_room:
-                scheduler.kv_arrived(
+                request = scheduler.kv_arrived(
                     wanted.request_id, wanted.num_in_place, PrefillPath.FALLBACK, time.monotonic()
                 )
+                if request is not None:
+                    request.timeline.handoff = wanted.handoff
             with contextlib.suppress(RuntimeError):  # the loop is closed at interpreter exit
                 self._loop.call_soon_threadsafe(_answer, answer, has_room)
 

@@ -28,18 +28,22 @@ from antiphon.errors import (
 )
 from antiphon.messages import (
     Abort,
+    FailedPrefill,
     Prefill,
     PrefillDone,
     PrefillPeer,
     Prewarm,
     RefusalKind,
     Refused,
+    RemotePrefill,
     WorkerMessage,
 )
 from antiphon.workers.block_pool import BlockId
+from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.receiver import HandoffReceiver
 from antiphon.workers.peers import Peers
 from antiphon.workers.session import ClientSession
+from antiphon.workers.timeline import NO_HANDOFF, Handoff
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +85,7 @@ class Wanted:
     block_table: list[BlockId]
     num_in_place: int  # tokens, from the first, whose KV is here
     transfer: "_Transfer | None" = None
+    handoff: Handoff = NO_HANDOFF  # so far
 
     @property
     def num_missing(self) -> int:
@@ -94,7 +99,9 @@ class _Transfer:
     transfer_id: str
     link_id: str
     peer: ClientSession
+    incoming: Incoming
     ended: asyncio.Future[None]
+    asked_at: float = field(default_factory=time.monotonic)
     first_token: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,7 +146,9 @@ class PrefillClient:
         """
         try:
             session = await self._connect(peer)
-            await self._watch(self._ask(session, wanted), deadline)
+            transfer = self._ask(session, wanted)
+            await self._watch(transfer, deadline)
+            wanted.handoff = _delivered(transfer, peer, wanted.handoff.failed)
         except AntiphonError as error:
             raise _explained(error, deadline) from error
         finally:
@@ -180,11 +189,11 @@ class PrefillClient:
             raise LinkBrokenError("the prefill worker is gone")
         transfer_id, first_token = uuid.uuid4().hex, wanted.num_in_place
         link = self.receiver.offer(session.card.incarnation)
-        self.receiver.expect(
+        incoming = self.receiver.expect(
             transfer_id, link.link_id, wanted.block_table, first_token, len(wanted.token_ids)
         )
         ended = self._loop.create_future()
-        transfer = _Transfer(wanted, transfer_id, link.link_id, session, ended)
+        transfer = _Transfer(wanted, transfer_id, link.link_id, session, incoming, ended)
         self._transfers[transfer_id] = wanted.transfer = transfer
         session.send(Prefill(transfer_id, transfer_id, wanted.token_ids, first_token, link))
         return transfer
@@ -249,6 +258,24 @@ class PrefillClient:
             transfer.end(error)
         else:  # its end is on its way here, and counts
             self._transfers[transfer.transfer_id] = transfer
+
+
+def _delivered(
+    transfer: _Transfer, peer: PrefillPeer, failed: tuple[FailedPrefill, ...]
+) -> Handoff:
+    """Account for a transfer that is complete now."""
+    said = transfer.incoming.account
+    remote = RemotePrefill(
+        worker=peer.replica_id or peer.url,
+        queue=said.queue_microseconds / 1e6,
+        compute=said.compute_microseconds / 1e6,
+        send=said.send_microseconds / 1e6,
+        num_cached_tokens=said.num_cached_tokens,
+        num_sent_tokens=transfer.incoming.num_received,
+    )
+    # Both messages' ways are in it: no clock is shared that could tell them apart.
+    exposed = time.monotonic() - transfer.asked_at - remote.queue - remote.compute
+    return Handoff(remote, max(exposed, 0.0), failed)
 
 
 def _refusal(message: Refused) -> PrefillFailedError:

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from antiphon.errors import PrefillFailedError
-from antiphon.messages import PrefillPeer
+from antiphon.messages import FailedPrefill, PrefillPeer
 from antiphon.metrics import Metrics
 from antiphon.workers.prefill_client import Outcome, PrefillClient, Wanted
 from antiphon.workers.shunned_peers import ShunnedPeers
+from antiphon.workers.timeline import Handoff
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Tries:
 class Climber(Protocol):
     """Whoever owns the requests. Called on the event loop."""
 
-    def kv_arrived(self, request_id: str) -> None:
+    def kv_arrived(self, wanted: Wanted) -> None:
         """All KV that was wanted is in place."""
 
     def compute_here(self, wanted: Wanted) -> Awaitable[bool]:
@@ -131,7 +132,7 @@ class PrefillLadder:
         finally:
             self._climbs.pop(wanted.request_id, None)
         if error is None:
-            self._climber.kv_arrived(wanted.request_id)
+            self._climber.kv_arrived(wanted)
         else:
             self._climber.kv_unavailable(wanted.request_id, error)
 
@@ -146,10 +147,11 @@ class PrefillLadder:
             peer = tries.next(time.monotonic(), even_shunned=even_shunned)
             if peer is None:
                 return error
+            asked_at = time.monotonic()
             try:
                 await self._client.fetch(peer, wanted, tries.deadline)
-            except PrefillFailedError as failed:
-                error = failed
+            except PrefillFailedError as foreseen:
+                error = foreseen
             except Exception as unforeseen:  # the request must not wait for ever
                 logger.exception("request %s: asking %s failed", wanted.request_id, peer.url)
                 error = PrefillFailedError(Outcome.FAILED, repr(unforeseen))
@@ -157,6 +159,9 @@ class PrefillLadder:
                 self._shunned.succeeded(peer.incarnation)
                 self._metrics.prefill_attempt(Outcome.COMPLETE)
                 return None
+            seconds = time.monotonic() - asked_at
+            failed = FailedPrefill(peer.replica_id or peer.url, error.outcome, seconds)
+            wanted.handoff = Handoff(failed=(*wanted.handoff.failed, failed))
             self._failed(wanted, tries, peer, error)
         return None
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from antiphon.errors import AntiphonError, CapacityError, LinkBrokenError, WorkerBusyError
 from antiphon.messages import Prefill, PrefillDone, Prewarm, RefusalKind, Refused
 from antiphon.workers.engine import Engine
+from antiphon.workers.handoff.outgoing import Computed
 from antiphon.workers.handoff.sender import HandoffSender
 from antiphon.workers.request import Request, RequestStatus
 from antiphon.workers.request_limits import RequestLimits
@@ -120,7 +121,9 @@ class PrefillService:
             self._sender.push(request.request_id, list(request.block_table), start, end)
             job.num_pushed_tokens = end
         if request.status is RequestStatus.SENDING:
-            self._sender.finish(request.request_id)
+            queue, compute = request.timeline.computed(time.monotonic())
+            computed = Computed(queue, compute, request.num_cached_tokens)
+            self._sender.finish(request.request_id, computed)
 
     def on_refused(self, transfer_id: str, error: Exception) -> None:
         """The engine could not take or compute a prompt; on the event loop."""

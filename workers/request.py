@@ -11,8 +11,9 @@ add -> WAITING --admit--> RUNNING ----------------------> FINISHED
 import enum
 from dataclasses import dataclass, field
 
-from antiphon.messages import BlockHash, RequestTiming, SamplingParams, hash_blocks
+from antiphon.messages import BlockHash, SamplingParams, hash_blocks
 from antiphon.workers.block_pool import BlockId
+from antiphon.workers.timeline import Timeline
 
 
 class RequestStatus(enum.Enum):
@@ -52,8 +53,7 @@ class Request:
     num_published_blocks: int = 0
     block_hashes: list[BlockHash] = field(default_factory=list)
     num_preemptions: int = 0
-    submitted_at: float = 0.0
-    prompt_done_at: float = 0.0
+    timeline: Timeline = field(default_factory=Timeline)
 
     @property
     def is_prefill_only(self) -> bool:
@@ -101,12 +101,3 @@ class Request:
             parent = self.block_hashes[-1] if have else b""
             tokens = self.tokens(have * block_size, num_blocks * block_size)
             self.block_hashes += hash_blocks(tokens, block_size, parent)
-
-    def timing(self, step_began: float, now: float) -> RequestTiming:
-        """Where the time to the first token went, which a step gives now."""
-        return RequestTiming(
-            prompt=self.prompt_done_at - self.submitted_at,
-            first_step=now - self.prompt_done_at,
-            prefill_path=self.path.value,
-            wait=step_began - self.prompt_done_at,
-        )

@@ -10,7 +10,8 @@ Blocks for a whole prompt are taken at admission, all or nothing; only output gr
 grow, the youngest generating request is preempted and later recomputed. A request whose KV comes
 from elsewhere is admitted the same way, so its blocks are reserved before anybody computes for it.
 
-Pure Python: no torch, no threads, no clock of its own. A step is ``schedule`` then ``complete``.
+Pure Python: no torch, no threads, no clock of its own. A step is ``schedule`` then ``complete``;
+the times that they are given go to the requests' timelines and decide nothing.
 """
 
 from collections import OrderedDict
@@ -134,17 +135,24 @@ class Scheduler:
             self._finish(request)
         return request
 
-    def kv_arrived(self, request_id: str, num_tokens: int, path: PrefillPath, now: float) -> None:
-        """KV of the first ``num_tokens`` tokens is in place; compute the rest here."""
+    def kv_arrived(
+        self, request_id: str, num_tokens: int, path: PrefillPath, now: float
+    ) -> Request | None:
+        """KV of the first ``num_tokens`` tokens is in place; compute the rest here.
+
+        Returns:
+            The request; None if it was stopped.
+        """
         request = self._requests.get(request_id)
         if request is None or request.status is not RequestStatus.AWAITING_KV:
-            return
+            return None
         request.path = path
         request.num_computed_tokens = max(num_tokens, request.num_computed_tokens)
         if request.num_remaining_tokens == 1:
-            request.prompt_done_at = now
+            request.timeline.prompt_done_at = now
         self._publish(request)
         self._run(request)
+        return request
 
     def take_reserved(self) -> list[Request]:
         """Requests that became AWAITING_KV since the last call."""
@@ -156,10 +164,10 @@ class Scheduler:
         prefilled, self._newly_prefilled = self._newly_prefilled, []
         return prefilled
 
-    def schedule(self) -> Batch | None:
+    def schedule(self, now: float = 0.0) -> Batch | None:
         """Choose the next forward pass, or None when nothing can run."""
         self._grow_running()
-        self._admit_waiting()
+        self._admit_waiting(now)
         decoding = [r for r in self._running.values() if r.is_decoding]
         budget = self._prompt_budget(len(decoding))
         chunks = [Chunk(r, r.num_computed_tokens, 1, True) for r in decoding]
@@ -174,6 +182,7 @@ class Scheduler:
                     break
                 num_tokens = 1
             samples = not request.is_prefill_only and num_tokens == request.num_remaining_tokens
+            request.timeline.prefill_began_at = request.timeline.prefill_began_at or now
             chunks.append(Chunk(request, request.num_computed_tokens, num_tokens, samples))
             budget -= num_tokens
         return Batch(tuple(chunks)) if chunks else None
@@ -184,7 +193,7 @@ class Scheduler:
         Args:
             batch: What ``schedule`` returned.
             token_ids: One sampled token per chunk with ``samples``, in order.
-            now: Seconds; recorded as the time the prompt was done.
+            now: When it ended.
 
         Returns:
             Requests that finished generating.
@@ -199,14 +208,14 @@ class Scheduler:
             request.num_computed_tokens += chunk.num_tokens
             self._publish(request)
             if token_id is not None:
-                if not request.output_token_ids:
-                    request.prompt_done_at = request.prompt_done_at or now
                 request.output_token_ids.append(token_id)
                 if request.finish_reason is not None:
                     self._finish(request)
                     finished.append(request)
             elif request.is_prefill_only and request.num_remaining_tokens == 0:
                 self._end_prefill(request)
+            elif request.is_decoding:
+                request.timeline.prompt_done_at = now
         return finished
 
     def check(self) -> None:
@@ -236,7 +245,7 @@ class Scheduler:
                     break
                 self._preempt_youngest()
 
-    def _admit_waiting(self) -> None:
+    def _admit_waiting(self, now: float) -> None:
         num_awaiting = self.num_awaiting_kv if self._waiting else 0
         for request in tuple(self._waiting.values()):
             if len(self._running) + num_awaiting >= self.config.max_num_requests:
@@ -246,6 +255,7 @@ class Scheduler:
                 continue  # those that need no prefill worker do not wait for one
             if not self._reserve(request):
                 return
+            request.timeline.reserved_at = request.timeline.reserved_at or now
             self._admit(request)
             num_awaiting += request.status is RequestStatus.AWAITING_KV
 
@@ -313,6 +323,7 @@ class Scheduler:
         victim.status = RequestStatus.WAITING
         victim.num_computed_tokens = 0
         victim.num_preemptions += 1
+        victim.timeline.restart()
         self.num_preemptions += 1
         if victim.path is PrefillPath.REMOTE:
             victim.path = PrefillPath.LOCAL  # what was sent is gone; recompute it here

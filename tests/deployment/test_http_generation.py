@@ -11,10 +11,11 @@ from antiphon.deployment.http_generation import (
     Slots,
     unless_disconnected,
 )
+from antiphon.deployment.journey import Journey
 from antiphon.errors import CapacityError, InvalidParameterError, WorkerLostError
 from antiphon.messages import SamplingParams
 
-CHOICE = Choice([1], SamplingParams(max_tokens=9), counts_prompt=True)
+CHOICE = Choice([1], SamplingParams(max_tokens=9), counts_prompt=True, journey=Journey(0.0))
 
 
 def texts(batch):
@@ -73,7 +74,7 @@ def test_a_failure_beside_the_first_output_fails_the_request():
 
 def test_a_generation_cancelled_from_below_is_a_failure_not_a_hang():
     class Cancelling(ScriptedBackend):
-        async def generate(self, request_id, prompt_token_ids, sampling):
+        async def generate(self, request_id, prompt_token_ids, sampling, journey):
             yield says("a")
             raise asyncio.CancelledError
 

@@ -23,7 +23,7 @@ def replay(**config: float) -> Replay:
 
 
 def output(*token_ids: int, cached: int = 0, timing: bool = False) -> RequestOutput:
-    spent = RequestTiming(1.0, 0.1, "remote") if timing else None
+    spent = RequestTiming("remote", prefill=1.0, first_step=0.1) if timing else None
     return RequestOutput("r", list(token_ids), None, cached, spent)
 
 

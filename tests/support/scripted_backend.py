@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import uvicorn
 from fastapi import FastAPI
 
+from antiphon.deployment.journey import Journey
 from antiphon.messages import RequestOutput, SamplingParams
 
 EOS = ord("$")
@@ -94,7 +95,11 @@ class ScriptedBackend:
         return self.readiness
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        journey: Journey | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         call = Call(request_id, "".join(map(chr, prompt_token_ids)), sampling)
         self.calls.append(call)

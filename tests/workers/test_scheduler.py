@@ -87,7 +87,7 @@ def test_remote_request_reserves_all_its_blocks_then_waits_for_kv() -> None:
     scheduler.kv_arrived("r", 9, PrefillPath.REMOTE, now=1.0)
     assert step(scheduler) == [("r", 1)]
     assert remote.path is PrefillPath.REMOTE
-    assert remote.prompt_done_at == 1.0
+    assert remote.timeline.prompt_done_at == 1.0
 
 
 def test_remote_request_with_partial_kv_computes_the_rest() -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from antiphon.errors import SegmentRejectedError
-from antiphon.workers.handoff.segment import Header, checksum
+from antiphon.workers.handoff.segment import Header, SenderAccount, checksum
 
 if TYPE_CHECKING:
     from antiphon.workers.handoff.endpoint import SegmentTarget
@@ -34,6 +34,7 @@ class Incoming:
         self.transfer_id = transfer_id
         self.link_id = link_id
         self.began = began
+        self.account = SenderAccount()  # of a transfer that is complete
         self._block_table = block_table
         self._start, self._end = span
         self._next = self._start  # tokens before this one have landed

@@ -5,8 +5,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from antiphon.workers.handoff.segment import Kind
+from antiphon.workers.handoff.segment import Kind, SenderAccount
 from antiphon.workers.handoff.transport import Pending
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """How a prompt's KV came about; told to the receiver with the transfer's end."""
+
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    num_cached_tokens: int = 0
+
+
+NOT_TOLD = Computed()
 
 
 @dataclass(slots=True, eq=False)
@@ -19,6 +31,8 @@ class Outgoing:
     block_table: tuple[int, ...] = ()
     mark: Any = None  # of the engine's stream at the last push
     finished_at: float | None = None  # ``time.monotonic``
+    began_at: float | None = None  # the same, of the first segment
+    computed: Computed = NOT_TOLD
     abort_reason: str | None = None
     is_ending: bool = False  # END or ABORT is on its way
     num_bytes: int = 0  # that the receiver took
@@ -80,6 +94,22 @@ class Cut:
             return num_pushed
         whole = end - end % self.block_size
         return whole if whole > start else end
+
+
+def account(transfer: Outgoing, now: float) -> SenderAccount:
+    """What a transfer that ends ``now`` says of itself."""
+    computed = transfer.computed
+    return SenderAccount(
+        age_microseconds=_microseconds(now - (transfer.finished_at or now)),
+        queue_microseconds=_microseconds(computed.queue_seconds),
+        compute_microseconds=_microseconds(computed.compute_seconds),
+        send_microseconds=_microseconds(now - (transfer.began_at or now)),
+        num_cached_tokens=computed.num_cached_tokens,
+    )
+
+
+def _microseconds(seconds: float) -> int:
+    return round(1e6 * seconds)
 
 
 def next_message(transfers: Iterable[Outgoing], cut: Cut) -> Message | None:

@@ -23,6 +23,7 @@ from antiphon.workers.handoff.counters import HandoffCounters, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.receiver_link import ReceiverLink
+from antiphon.workers.handoff.segment import SenderAccount
 
 _IDLE_SECONDS = 60.0  # an idle watchdog looks around this often, though it is always notified
 
@@ -96,7 +97,7 @@ class HandoffReceiver:
 
     def expect(
         self, transfer_id: str, link_id: str, block_table: Sequence[int], start: int, end: int
-    ) -> None:
+    ) -> Incoming:
         """Make a transfer live, before its sender is asked for it.
 
         Args:
@@ -106,6 +107,9 @@ class HandoffReceiver:
                 written until the transfer has ended or ``cancel`` has returned.
             start: First token to receive.
             end: One past the last.
+
+        Returns:
+            The transfer, to be read only.
 
         Raises:
             WorkerBusyError: The bound of pending transfers is reached.
@@ -125,6 +129,7 @@ class HandoffReceiver:
             link.transfers[transfer_id] = transfer
             link.ensure_started()
             self._changed.notify_all()
+            return transfer
 
     def prewarm(self, peer_incarnation: str) -> LinkOffer | None:
         """Offer a link and wait for its sender before a transfer needs it.
@@ -215,9 +220,10 @@ class HandoffReceiver:
         with self._lock:
             return self._transfers.get(transfer_id)
 
-    def complete(self, transfer: Incoming, age_seconds: float) -> None:
-        """End a transfer that has all its tokens, the last computed so long ago."""
-        self.tally.completed(age_seconds)
+    def complete(self, transfer: Incoming, account: SenderAccount) -> None:
+        """End a transfer that has all its tokens, with what its sender says of it."""
+        transfer.account = account
+        self.tally.completed(account.age_microseconds / 1e6)
         self.end(transfer, None)
 
     def end(self, transfer: Incoming, error: HandoffError | None) -> None:

@@ -154,7 +154,7 @@ class ReceiverLink:
                 self._write(header, payload, transfer, began)
             elif header.kind is Kind.END:
                 transfer.check_end(header)
-                self._receiver.complete(transfer, header.age_microseconds / 1e6)
+                self._receiver.complete(transfer, header.account)
             elif header.kind is Kind.ABORT:
                 reason = as_bytes(payload).decode(errors="replace")
                 self._receiver.end(transfer, HandoffError(f"the sender gave up: {reason}"))

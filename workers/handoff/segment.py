@@ -9,8 +9,8 @@
            40  start, end        u64 each  token range
            56  payload bytes     u64
            64  payload checksum  u64       xxh3_64
-           72  age               u64       of END: microseconds since the last KV was computed
-           80  zeros
+           72  account           5 x u64   of END: ``SenderAccount``
+          112  zeros
           120  header checksum   u64       xxh3_64 of bytes 0..119
 
 Little endian. Magic and version keep their places in every version. The header checksum comes first
@@ -22,6 +22,7 @@ import enum
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import xxhash
@@ -34,8 +35,8 @@ MAX_PAYLOAD_BYTES = 64 << 20  # the most that a segment may be configured to hav
 NO_TRANSFER = bytes(16)
 
 _MAGIC = b"AKVS"
-HEADER_VERSION = 2
-_BODY = struct.Struct("<4sHH16s8s8sQQQQQ40x")
+HEADER_VERSION = 3
+_BODY = struct.Struct("<4sHH16s8s8sQQQQ5Q8x")
 _PREFIX = struct.Struct("<4sH")
 _CHECKSUM = struct.Struct("<Q")
 _FACTOR_STEP = 0x9E3779B97F4A7C14 - 2**64  # even, with bits in every byte (the golden ratio's)
@@ -64,6 +65,19 @@ class Epochs:
         return cls(_digest(sender_incarnation), _digest(receiver_incarnation))
 
 
+class SenderAccount(NamedTuple):
+    """What the sender says with END of how it came to the KV, by its own clock."""
+
+    age_microseconds: int = 0  # since the last KV was computed
+    queue_microseconds: int = 0  # until the first step for the prompt
+    compute_microseconds: int = 0  # from there to the last KV
+    send_microseconds: int = 0  # since the first segment
+    num_cached_tokens: int = 0  # found in its prefix cache
+
+
+_NO_ACCOUNT = SenderAccount()
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """A parsed header."""
@@ -75,7 +89,7 @@ class Header:
     end: int = 0
     num_payload_bytes: int = 0
     payload_checksum: int = 0
-    age_microseconds: int = 0
+    account: SenderAccount = _NO_ACCOUNT
 
     def pack(self) -> bytes:
         """The header's 128 bytes."""
@@ -90,7 +104,7 @@ class Header:
             self.end,
             self.num_payload_bytes,
             self.payload_checksum,
-            self.age_microseconds,
+            *self.account,
         )
         return body + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
 
@@ -104,7 +118,7 @@ class Header:
         if _CHECKSUM.unpack_from(raw, _BODY.size)[0] != xxhash.xxh3_64_intdigest(raw[: _BODY.size]):
             raise SegmentRejectedError("segment header: wrong header checksum")
         magic, version, kind, transfer_id, sender, receiver, *numbers = _BODY.unpack_from(raw)
-        start, end, num_payload_bytes, payload_checksum, age = numbers
+        start, end, num_payload_bytes, payload_checksum, *account = numbers
         if magic != _MAGIC:
             raise SegmentRejectedError(f"segment header: magic is {magic!r}, expected {_MAGIC!r}")
         if version != HEADER_VERSION:
@@ -125,7 +139,7 @@ class Header:
             end,
             num_payload_bytes,
             payload_checksum,
-            age,
+            SenderAccount(*account),
         )
 
 

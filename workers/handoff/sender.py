@@ -16,7 +16,7 @@ from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import HandoffCounters, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
-from antiphon.workers.handoff.outgoing import Outgoing
+from antiphon.workers.handoff.outgoing import NOT_TOLD, Computed, Outgoing
 from antiphon.workers.handoff.segment import MAX_PAYLOAD_BYTES
 from antiphon.workers.handoff.sender_link import SenderLimits, SenderLink
 from antiphon.workers.handoff.staging import streams_for
@@ -126,11 +126,11 @@ class HandoffSender:
             if link := self._transfers.get(transfer_id):
                 link.push(transfer_id, block_table, (start, end), mark)
 
-    def finish(self, transfer_id: str) -> None:
-        """Say that everything was pushed; harmless if the transfer has ended."""
+    def finish(self, transfer_id: str, computed: Computed = NOT_TOLD) -> None:
+        """Say that everything was pushed, and how it came about; harmless if it has ended."""
         with self._lock:
             if link := self._transfers.get(transfer_id):
-                link.finish(transfer_id)
+                link.finish(transfer_id, computed)
 
     def abort(self, transfer_id: str, reason: str) -> None:
         """Give a transfer up and tell the receiver why; harmless if the transfer has ended."""

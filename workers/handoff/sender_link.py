@@ -22,13 +22,22 @@ from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.handshake import greet
 from antiphon.workers.handoff.outgoing import (
     BusyClock,
+    Computed,
     Cut,
     Flight,
     Message,
     Outgoing,
+    account,
     next_message,
 )
-from antiphon.workers.handoff.segment import Epochs, Header, Kind, as_tensor, checksum
+from antiphon.workers.handoff.segment import (
+    Epochs,
+    Header,
+    Kind,
+    SenderAccount,
+    as_tensor,
+    checksum,
+)
 from antiphon.workers.handoff.staging import Staging
 from antiphon.workers.handoff.transport import Link
 
@@ -109,9 +118,10 @@ class SenderLink:
         transfer.mark = mark
         self._changed.notify_all()
 
-    def finish(self, transfer_id: str) -> None:
+    def finish(self, transfer_id: str, computed: Computed) -> None:
         """See ``HandoffSender.finish``."""
-        self.transfers[transfer_id].finished_at = time.monotonic()
+        transfer = self.transfers[transfer_id]
+        transfer.finished_at, transfer.computed = time.monotonic(), computed
         self._changed.notify_all()
 
     def abort(self, transfer_id: str, reason: str) -> None:
@@ -202,15 +212,16 @@ class SenderLink:
         return Flight(message, num_bytes, began, link.start_send(tensors))
 
     def _segment(self, message: Message, num_bytes: int) -> list[Tensor]:
+        if message.transfer.began_at is None:
+            message.transfer.began_at = time.monotonic()
         frame = self._staging.next_frame(num_bytes)
         payload = frame.payload(num_bytes)
         self._staging.gather(message.block_table, message.span, payload, message.mark)
         return frame.tensors(self._header(message, payload).pack(), num_bytes)
 
     def _header(self, message: Message, payload: Tensor) -> Header:
-        age = 0.0
-        if message.kind is Kind.END and message.transfer.finished_at is not None:
-            age = time.monotonic() - message.transfer.finished_at
+        is_end = message.kind is Kind.END
+        said = account(message.transfer, time.monotonic()) if is_end else SenderAccount()
         return Header(
             message.kind,
             self._epochs,
@@ -218,7 +229,7 @@ class SenderLink:
             *message.span,
             payload.numel(),
             checksum(payload),
-            round(age * 1e6),
+            said,
         )
 
     def _land(self, flight: Flight) -> None:
