@@ -36,6 +36,13 @@ def step_ratios(folder: str, pairs: int) -> dict[str, dict[str, float]]:
     return results
 
 
+def decode_stepper(folder: str, batch_size: int) -> Callable[[], object]:
+    """A function that takes one decode step at context 512, on one thread."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    return _engine_decode(PagedModel(_load(folder), TorchKernels()), batch_size)
+
+
 def _load(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

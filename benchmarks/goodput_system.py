@@ -23,8 +23,8 @@ from goodput_search import HOPELESS_ATTAINMENT
 
 from antiphon.config import RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.messages import Role, SamplingParams, WorkerCard
-from antiphon.metrics import Metrics
 
 _START_SECONDS = 120.0
 _IDLE_SECONDS = 30.0
@@ -96,7 +96,7 @@ class Machine:
             target_ttft_seconds=targets.ttft_seconds if system.keeps_targets else None,
             target_itl_seconds=target,
         )
-        metrics = Metrics("ingress")
+        metrics = IngressMetrics()
         backend = ClusterBackend("model", router, set(system.roles), metrics)
         for role in set(system.roles):
             backend.set_workers(role, {c.replica_id: c for c in cards if c.role is role})
@@ -124,7 +124,7 @@ class Driver:
     """Sends loads to a running system."""
 
     def __init__(
-        self, backend: ClusterBackend, metrics: Metrics, targets: Targets, pids: list[int]
+        self, backend: ClusterBackend, metrics: IngressMetrics, targets: Targets, pids: list[int]
     ) -> None:
         self._backend = backend
         self._metrics = metrics
@@ -251,7 +251,7 @@ def _tpot(outcome: Outcome) -> float:
     return (outcome.last_at - outcome.first_at) / max(outcome.num_output_tokens - 1, 1)
 
 
-def _decisions(metrics: Metrics) -> dict[str, int]:
+def _decisions(metrics: IngressMetrics) -> dict[str, int]:
     samples = (s for family in metrics.registry.collect() for s in family.samples)
     return {
         s.labels["reason"]: int(s.value)

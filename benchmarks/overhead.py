@@ -37,12 +37,11 @@ PROMPT_TOKENS = 16
 async def ttft_overhead_seconds(served: Served) -> float:
     """Median over requests, one at a time, of HTTP time to first token minus the engine's."""
     rng = random.Random(SEED)
-    name = "antiphon_engine_time_to_first_token_seconds_sum"
     differences = []
     for index in range(TTFT_REQUESTS + 3):
-        before = served.ingress_metric(name)
+        before = _on_workers_seconds(served)
         times = await served.stream(_prompt(rng), 2)
-        engine = served.ingress_metric(name) - before
+        engine = _on_workers_seconds(served) - before
         if index >= 3:  # the first ones warm up
             differences.append(times[0] - engine)
     return statistics.median(differences)
@@ -53,17 +52,32 @@ async def itl_overhead_seconds(served: Served) -> tuple[float, float]:
     rng = random.Random(SEED + 1)
     results = []
     for _ in range(4):
-        steps = served.worker_metric("decode", "antiphon_decode_steps_total")
-        seconds = served.worker_metric("decode", "antiphon_decode_steps_seconds_total")
+        steps, seconds = _decode_steps(served)
         prompts = [_prompt(rng) for _ in range(STREAMS)]
         streams = await asyncio.gather(*(served.stream(p, STREAM_TOKENS) for p in prompts))
-        steps = served.worker_metric("decode", "antiphon_decode_steps_total") - steps
-        seconds = served.worker_metric("decode", "antiphon_decode_steps_seconds_total") - seconds
+        steps_now, seconds_now = _decode_steps(served)
+        steps, seconds = steps_now - steps, seconds_now - seconds
         # Chunks may carry several tokens, so the span is divided by tokens and not by chunks.
         spans = [(times[-1] - times[0]) / (STREAM_TOKENS - 1) for times in streams]
         results.append((statistics.mean(spans) - seconds / steps, seconds / steps))
     results = results[1:]  # the first round warms up
     return statistics.median(r[0] for r in results), statistics.median(r[1] for r in results)
+
+
+def _on_workers_seconds(served: Served) -> float:
+    """Times to first tokens so far, without what is spent in and before the ingress."""
+    name = "antiphon_time_to_first_token_part_seconds_sum"
+    outside = (served.ingress_metric(name, f'part="{part}"') for part in ("route", "return"))
+    return served.ingress_metric(name) - sum(outside)
+
+
+def _decode_steps(served: Served) -> tuple[float, float]:
+    """Steps without prompt tokens so far, and the seconds in them."""
+    name, kind = "antiphon_engine_step_seconds", 'kind="decode"'
+    count, total = (
+        served.worker_metric("decode", f"{name}_{part}", kind) for part in ("count", "sum")
+    )
+    return count, total
 
 
 def _prompt(rng: random.Random) -> list[int]:

@@ -36,15 +36,15 @@ class Served:
             workers: list[dict[str, Any]] = json.load(answer)
             return workers
 
-    def ingress_metric(self, name: str) -> float:
-        """Sum of an ingress metric's samples."""
-        return _metric(f"{self.url}/metrics", name)
+    def ingress_metric(self, name: str, label: str = "") -> float:
+        """Sum of an ingress metric's samples; those with a label such as ``part="route"``."""
+        return _metric(f"{self.url}/metrics", name, label)
 
-    def worker_metric(self, role: str, name: str) -> float:
-        """Sum of a metric's samples over the workers of a role."""
+    def worker_metric(self, role: str, name: str, label: str = "") -> float:
+        """Sum of a metric's samples over the workers of a role; those with a label."""
         urls = [w["url"] for w in self.workers() if w["role"] == role]
         return sum(
-            _metric(url.replace("ws:", "http:").replace("/session", "/metrics"), name)
+            _metric(url.replace("ws:", "http:").replace("/session", "/metrics"), name, label)
             for url in urls
         )
 
@@ -121,10 +121,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) ->
     raise RuntimeError(f"the application did not become ready:\n{log.read_text()}")
 
 
-def _metric(url: str, name: str) -> float:
+def _metric(url: str, name: str, label: str) -> float:
     with urllib.request.urlopen(url, timeout=30) as answer:
         lines = answer.read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+    wanted = (line for line in lines if line.startswith(f"{name}{{") and label in line)
+    return sum(float(line.rpartition(" ")[2]) for line in wanted)
 
 
 def _free_port() -> int:

@@ -57,6 +57,7 @@ class WorkerReplica:
             engine=parsed.pools[role].engine,
             handoff=parsed.handoff,
             target_itl_seconds=parsed.router.target_itl_seconds,
+            vllm_names=parsed.metrics.vllm_names,
         )
         self._drain_seconds = parsed.pools[role].drain_seconds
         self.worker = await start_worker(settings)
@@ -89,17 +90,33 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Build the application on the replica, where tokenizer and sessions live."""
-        from antiphon.deployment.ingress import build_ingress
+        from antiphon.deployment.ingress import IngressProcess, Placement
 
-        self._stop_taking, application = build_ingress(self._config, self._pools)
-        return application
+        context = serve.get_replica_context()
+
+        async def ask_ingresses(seconds: float) -> list[Any]:
+            handle = serve.get_deployment_handle(context.deployment, context.app_name)
+            asking = handle.broadcast("describe")
+            answers: list[Any] = await asking.results_async(
+                timeout_s=seconds, return_exceptions=True
+            )
+            return answers
+
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        placement = Placement(context.replica_id.unique_id, host, ask_ingresses)
+        self._process = IngressProcess(self._config, self._pools, placement)
+        return self._process.app
+
+    async def describe(self) -> dict[str, Any]:
+        """Tell another ingress where this one is scraped."""
+        return self._process.describe()
 
     async def stop_taking(self, timeout_seconds: float) -> None:
         """Refuse new requests with 503; open ones have so long to finish, then they get an error.
 
         For whoever stops the application, before that: a replica that Serve stops is not told.
         """
-        await self._stop_taking(timeout_seconds)
+        await self._process.backend.stop_taking(timeout_seconds)
 
 
 class AppArguments(AntiphonConfig):

@@ -8,18 +8,18 @@ says, and on to another worker if that one is busy, draining or lost, with what 
 
 import asyncio
 import logging
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
-
 from antiphon.config import RouterConfig
+from antiphon.deployment.cluster_metrics import ClusterCollector
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journey import Attempt, Journey
 from antiphon.deployment.replay import Replay, replay_reason
+from antiphon.deployment.submission import describe, peer, submission
 from antiphon.deployment.worker_connection import WorkerConnection
 from antiphon.errors import (
     AntiphonError,
@@ -30,7 +30,6 @@ from antiphon.errors import (
     WorkerLostError,
 )
 from antiphon.messages import (
-    PrefillPeer,
     PrefillPool,
     RequestOutput,
     Role,
@@ -39,7 +38,6 @@ from antiphon.messages import (
     Telemetry,
     WorkerCard,
 )
-from antiphon.metrics import Metrics
 from antiphon.router.decision import Decision
 from antiphon.router.policy import Policy
 from antiphon.router.telemetry_view import ClusterView
@@ -59,11 +57,15 @@ class ClusterBackend:
         model_name: The name that clients use.
         config: Of the router.
         needed_roles: Roles without which the endpoint isn't ready.
-        metrics: Where retries are counted.
+        metrics: Of this ingress.
     """
 
     def __init__(
-        self, model_name: str, config: RouterConfig, needed_roles: set[Role], metrics: Metrics
+        self,
+        model_name: str,
+        config: RouterConfig,
+        needed_roles: set[Role],
+        metrics: IngressMetrics,
     ) -> None:
         self.model_name = model_name
         self._needed_roles = needed_roles
@@ -79,6 +81,7 @@ class ClusterBackend:
         self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
         self._kept: set[str] = set()  # incarnations that a task holds a session with
         self._tasks: set[asyncio.Task[None]] = set()
+        metrics.registry.register(ClusterCollector(self._view))
 
     @property
     def max_context_tokens(self) -> int:
@@ -97,14 +100,19 @@ class ClusterBackend:
             return False, f"no {' or '.join(missing)} worker is connected"
         return True, f"{len(usable)} workers are connected"
 
+    @property
+    def listed_workers(self) -> list[WorkerCard]:
+        """The workers that Serve runs, connected or not."""
+        return list(self._listed.values())
+
+    @property
+    def view(self) -> ClusterView:
+        """What is known of the connected ones."""
+        return self._view
+
     def describe_workers(self) -> list[dict[str, Any]]:
         """Who is connected, where it runs and how busy it is."""
-        described = []
-        for connection in self._connections.values():
-            view = self._view.get(connection.card.incarnation)
-            load = msgspec.to_builtins(view.load) if view is not None else None
-            described.append({**msgspec.to_builtins(connection.card), "load": load})
-        return sorted(described, key=lambda worker: (worker["role"], worker["replica_id"]))
+        return describe(self._view, (each.card for each in self._connections.values()))
 
     def set_workers(self, role: Role, cards: Mapping[str, WorkerCard]) -> None:
         """Take in the running workers of one pool; on the event loop."""
@@ -138,11 +146,12 @@ class ClusterBackend:
         try:
             while (finish_reason := replay.finish_reason) is None:
                 decision = await self._choose(replay)
-                request = _submit(request_id, replay, decision)
+                request = submission(request_id, replay, decision)
                 try:
                     async with aclosing(self._attempt(decision, request, journey)) as outputs:
                         async for output in outputs:
-                            yield self._seen(replay.take(output), journey)
+                            journey.answered(output.timing)
+                            yield replay.take(output)
                     return
                 except (CapacityError, WorkerLostError, InvalidParameterError) as error:
                     journey.failed(replay_reason(error))
@@ -176,6 +185,7 @@ class ClusterBackend:
 
     async def _choose(self, replay: Replay) -> Decision:
         """Choose workers, waiting for one if the request may wait."""
+        began_at = time.monotonic()
         prompt = self._view.hash_prompt(replay.prompt_token_ids)
         while True:
             now = time.monotonic()
@@ -183,16 +193,14 @@ class ClusterBackend:
                 raise self._stopping
             exclude = frozenset(replay.excluded(now) | self._leaving())
             try:
-                return self._policy.choose(self._view, prompt, now, exclude)
+                decision = self._policy.choose(self._view, prompt, now, exclude)
             except CapacityError as error:
                 replay.wait_or_raise(error, now)
+            else:
+                self._metrics.decision_took(time.monotonic() - began_at)
+                return decision
             await asyncio.sleep(_POLL_SECONDS)
-
-    def _seen(self, output: RequestOutput, journey: Journey) -> RequestOutput:
-        journey.answered(output.timing)
-        if timing := output.timing:
-            self._metrics.first_token(timing.prefill_path, timing.total)
-        return output
+            began_at = time.monotonic()
 
     def _attempt_failed(
         self, request_id: str, replay: Replay, decision: Decision, error: AntiphonError
@@ -251,6 +259,8 @@ class ClusterBackend:
                 began_at = time.monotonic()
                 try:
                     await self._hold_session(card)
+                    if card.incarnation in self._listed:
+                        self._metrics.session_lost(card.role)
                     logger.warning("lost the session with %s worker %s", card.role, card.url)
                 except AntiphonError as error:
                     logger.warning("cannot reach %s worker %s: %s", card.role, card.url, error)
@@ -280,12 +290,11 @@ class ClusterBackend:
         finally:
             self._connections.pop(card.incarnation, None)
             self._view.leave(card.incarnation)
-            self._metrics.forget_worker(card.replica_id)
 
     def _announce_prefill_pool(self, connections: Iterable[WorkerConnection]) -> None:
         """Let decode workers prewarm their links."""
         cards = [card for card in self._listed.values() if card.role is Role.PREFILL]
-        pool = PrefillPool(tuple(_peer(card) for card in cards))
+        pool = PrefillPool(tuple(peer(card) for card in cards))
         for connection in connections:
             if connection.card.role is Role.DECODE:
                 connection.announce(pool)
@@ -293,7 +302,6 @@ class ClusterBackend:
     def _apply(self, card: WorkerCard, telemetry: Telemetry) -> None:
         try:
             self._view.apply(card.incarnation, telemetry, time.monotonic())
-            self._metrics.decode_step(card.replica_id, telemetry.load.decode_step_seconds)
         except TelemetryGapError as error:
             logger.warning("%s", error)
             if connection := self._connections.get(card.incarnation):
@@ -303,15 +311,3 @@ class ClusterBackend:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _submit(request_id: str, replay: Replay, decision: Decision) -> Submit:
-    # Clients may name their requests, and two may choose one name: what workers see is unique.
-    request_id = f"{request_id}-{secrets.token_hex(8)}"
-    cards = (decision.prefill, *decision.alternates) if decision.prefill else ()
-    candidates = tuple(_peer(card) for card in cards)
-    return Submit(request_id, replay.prompt_token_ids, replay.sampling, candidates)
-
-
-def _peer(card: WorkerCard) -> PrefillPeer:
-    return PrefillPeer(card.url, card.incarnation, card.replica_id)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from antiphon import __version__
 from antiphon.deployment.backend import Backend, Tokenizer
-from antiphon.deployment.http_completion import CompletionResponse
+from antiphon.deployment.http_completion import CompletionResponse, Service
 from antiphon.deployment.http_errors import (
     ARRIVED_AT_KEY,
     REQUEST_ID_KEY,
@@ -29,7 +29,9 @@ from antiphon.deployment.http_errors import (
     describe,
 )
 from antiphon.deployment.http_generation import Slots
+from antiphon.deployment.http_metrics import RequestMetricsMiddleware
 from antiphon.deployment.http_planning import Planner
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.openai_api import ChatCompletionRequest, CompletionRequest
 from antiphon.errors import UnknownModelError
 
@@ -37,7 +39,13 @@ _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
 
 
-def create_app(backend: Backend, tokenizer: Tokenizer, *, max_concurrent_requests: int) -> FastAPI:
+def create_app(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    *,
+    max_concurrent_requests: int,
+    metrics: IngressMetrics | None = None,
+) -> FastAPI:
     """Make the application.
 
     Args:
@@ -45,24 +53,28 @@ def create_app(backend: Backend, tokenizer: Tokenizer, *, max_concurrent_request
         tokenizer: Of the backend's model.
         max_concurrent_requests: Choices that may be generated at once; a request with ``n`` choices
             counts as ``n``. Further ones get 503.
+        metrics: Where requests are counted; None: nowhere that anybody reads.
     """
+    metrics = metrics or IngressMetrics()
     app = FastAPI(title="Antiphon", version=__version__, strict_content_type=False)
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RequestMetricsMiddleware, metrics=metrics)
     add_error_handlers(app)
-    _add_completion_routes(app, Planner(backend, tokenizer), Slots(max_concurrent_requests))
+    service = Service(Planner(backend, tokenizer), Slots(max_concurrent_requests), metrics)
+    _add_completion_routes(app, service)
     _add_model_routes(app, backend)
     _add_probe_routes(app, backend)
     return app
 
 
-def _add_completion_routes(app: FastAPI, planner: Planner, slots: Slots) -> None:
+def _add_completion_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:
-        return CompletionResponse(planner, slots, body)
+        return CompletionResponse(service, body)
 
     @app.post("/v1/completions", response_model=None)
     async def create_completion(body: CompletionRequest) -> Response:
-        return CompletionResponse(planner, slots, body)
+        return CompletionResponse(service, body)
 
 
 def _add_model_routes(app: FastAPI, backend: Backend) -> None:

@@ -20,7 +20,9 @@ from antiphon.deployment.http_generation import (
     Slots,
     unless_disconnected,
 )
+from antiphon.deployment.http_metrics import OUTCOME_KEY
 from antiphon.deployment.http_planning import Body, Planner
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.openai_api import ChatCompletionRequest
 from antiphon.deployment.openai_replies import ChatReply, Reply, TextReply, Usage
 from antiphon.deployment.text_stream import TextStream
@@ -38,8 +40,11 @@ _STREAM_HEADERS = (
 class Answer:
     """What the choices of one request have said so far."""
 
-    def __init__(self, choices: Sequence[Choice], streams: Sequence[TextStream]) -> None:
+    def __init__(
+        self, choices: Sequence[Choice], streams: Sequence[TextStream], metrics: IngressMetrics
+    ) -> None:
         self._choices = choices
+        self._metrics = metrics
         self._num_cached = [0] * len(choices)
         self.streams = streams
 
@@ -58,14 +63,23 @@ class Answer:
         texts: dict[int, str] = {}
         now = time.monotonic()
         for index, output in batch:
-            self._choices[index].journey.took(len(output.token_ids), now)
             stream = self.streams[index]
             if index not in texts and stream.finish_reason is not None:
                 continue
+            self._metrics.tokens_left(self._choices[index].journey, len(output.token_ids), now)
             self._num_cached[index] = max(self._num_cached[index], output.num_cached_tokens)
             text = stream.push(output.token_ids, output.finish_reason)
             texts[index] = texts.get(index, "") + text
         return texts
+
+    def finish(self) -> str:
+        """Count an answer that is finished; return how it ended."""
+        for choice, reason in zip(self._choices, self.finish_reasons, strict=True):
+            choice.journey.finish_reason = reason
+            self._metrics.choice_ended(choice.journey)
+        usage = self.usage()
+        self._metrics.request_used(usage.num_prompt_tokens, usage.num_output_tokens)
+        return "length" if "length" in self.finish_reasons else "stop"
 
     def usage(self) -> Usage:
         """Count the tokens so far."""
@@ -135,13 +149,22 @@ class _StreamWriter:
         return b"".join(events)
 
 
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What every answer needs."""
+
+    planner: Planner
+    slots: Slots
+    metrics: IngressMetrics
+
+
 class CompletionResponse(Response):
     """Does the whole work when the server calls it, so that one scope owns all that must end."""
 
-    def __init__(self, planner: Planner, slots: Slots, body: Body) -> None:
+    def __init__(self, service: Service, body: Body) -> None:
         super().__init__()
-        self._planner = planner
-        self._slots = slots
+        self._service = service
+        self._planner = service.planner
         self._body = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,14 +175,17 @@ class CompletionResponse(Response):
         """
         planner, body, request_id = self._planner, self._body, scope[REQUEST_ID_KEY]
         write = self._write_stream if body.stream else self._write_whole
-        with self._slots.hold(planner.count_choices(body)) as release_slots:
+        with self._service.slots.hold(planner.count_choices(body)) as release_slots:
             choices = await planner.plan(body, scope[ARRIVED_AT_KEY])
-            answer = Answer(choices, [self._text_stream() for _ in choices])
+            texts = [self._text_stream() for _ in choices]
+            answer = Answer(choices, texts, self._service.metrics)
             try:
                 async with Generations(planner.backend, request_id, choices) as generations:
                     exchange = _Exchange(request_id, generations, answer, send, release_slots)
                     await unless_disconnected(receive, write(exchange))
+                scope[OUTCOME_KEY] = answer.finish() if answer.is_finished else "failed"
             except ClientGone:
+                scope[OUTCOME_KEY] = "aborted"
                 logger.debug("request %s: the client went away", request_id)
 
     def _text_stream(self) -> TextStream:

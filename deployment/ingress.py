@@ -1,64 +1,122 @@
 """One ingress process: tokenizer, backend and HTTP application, joined.
 
-Beside OpenAI's routes it answers ``/metrics`` for Prometheus and ``/workers``: what runs where.
+Beside OpenAI's routes it answers ``/metrics`` and ``/metrics/targets`` for Prometheus, and
+``/workers``: what runs where.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 
 from antiphon.config import AntiphonConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.cluster_metrics import worker_states
 from antiphon.deployment.http_app import create_app
+from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.metrics_targets import (
+    AskAll,
+    IngressAddress,
+    MetricsServer,
+    Siblings,
+    discovered,
+)
 from antiphon.messages import Role, WorkerCard
-from antiphon.metrics import Metrics
 from antiphon.router.serve_discovery import WorkerWatch
+from antiphon.vllm_names import VllmCollector
 from antiphon.workers.model_source import resolve_model
 from antiphon.workers.tokenizer import Tokenizer
 
-StopTaking = Callable[[float], Awaitable[None]]
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which ingress replica this is."""
+
+    replica_id: str
+    host: str  # the address that other nodes reach this one at
+    ask_ingresses: AskAll  # calls ``IngressProcess.describe`` of all of them
 
 
-def build_ingress(
-    config: AntiphonConfig, pools: Mapping[str, DeploymentHandle[Any]]
-) -> tuple[StopTaking, FastAPI]:
-    """Make the application of one ingress replica, and the function that closes it to requests.
+class IngressProcess:
+    """What one ingress replica runs.
 
     Args:
         config: Of the deployment.
         pools: A handle for each pool of workers, by role.
+        placement: Of this replica.
     """
-    metrics = Metrics("ingress")
-    roles = {Role(role) for role in pools}
-    backend = ClusterBackend(config.model.name, config.router, roles, metrics)
-    tokenizer = Tokenizer(resolve_model(config.model.source))
-    app = create_app(
-        backend, tokenizer, max_concurrent_requests=config.http.max_concurrent_requests
-    )
 
-    @app.get("/metrics", include_in_schema=False)
-    async def serve_metrics() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+    def __init__(
+        self,
+        config: AntiphonConfig,
+        pools: Mapping[str, DeploymentHandle[Any]],
+        placement: Placement,
+    ) -> None:
+        self._pools = pools
+        self._placement = placement
+        self._address: IngressAddress | None = None
+        metrics = IngressMetrics(config.router)
+        roles = {Role(role) for role in pools}
+        self.backend = ClusterBackend(config.model.name, config.router, roles, metrics)
+        if config.metrics.vllm_names:
+            view = self.backend.view
+            states = VllmCollector(config.model.name, lambda: worker_states(view))
+            metrics.registry.register(states)
+        self._metrics = metrics
+        self._server = MetricsServer(metrics.render)
+        self.app = self._make_app(config)
 
-    @app.get("/workers", include_in_schema=False)
-    async def list_workers() -> list[dict[str, Any]]:
-        return backend.describe_workers()
+    def describe(self) -> dict[str, Any]:
+        """Where this ingress is scraped, for the others.
+
+        Raises:
+            RuntimeError: It has not started yet.
+        """
+        if self._address is None:
+            raise RuntimeError("this ingress has not started yet")
+        described: dict[str, Any] = msgspec.to_builtins(self._address)
+        return described
+
+    def _make_app(self, config: AntiphonConfig) -> FastAPI:
+        app = create_app(
+            self.backend,
+            Tokenizer(resolve_model(config.model.source)),
+            max_concurrent_requests=config.http.max_concurrent_requests,
+            metrics=self._metrics,
+        )
+
+        @app.get("/metrics", include_in_schema=False)
+        async def serve_metrics() -> Response:
+            return Response(self._metrics.render(), media_type="text/plain; version=0.0.4")
+
+        @app.get("/metrics/targets", include_in_schema=False)
+        async def list_targets() -> list[dict[str, Any]]:
+            return discovered(await self._siblings.addresses(), self.backend.listed_workers)
+
+        @app.get("/workers", include_in_schema=False)
+        async def list_workers() -> list[dict[str, Any]]:
+            return self.backend.describe_workers()
+
+        app.router.lifespan_context = self._lifespan
+        return app
 
     @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        watches = [_watch(backend, Role(role), handle) for role, handle in pools.items()]
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        replica_id, host = self._placement.replica_id, self._placement.host
+        self._address = IngressAddress(replica_id, host, await self._server.listen(host))
+        self._siblings = Siblings(self._address, self._placement.ask_ingresses)
+        watches = [_watch(self.backend, Role(role), pool) for role, pool in self._pools.items()]
         yield
         for watch in watches:
             watch.close()
-        await backend.close()
-
-    app.router.lifespan_context = lifespan
-    return backend.stop_taking, app
+        await self.backend.close()
+        await self._server.close()
 
 
 def _watch(backend: ClusterBackend, role: Role, handle: DeploymentHandle[Any]) -> WorkerWatch:

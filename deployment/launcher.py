@@ -191,7 +191,9 @@ def _print_ready(config: AntiphonConfig, seconds: float) -> None:
             f"  {worker['role']:<9}on {worker['node']}, process {worker['pid']}, "
             f"KV cache of {num_tokens} tokens ({kv_gib:.2f} GiB)"
         )
-    typer.echo(f"  ingress  {config.http.ingress_replicas} process, metrics at {base}/metrics")
+    typer.echo(
+        f"  ingress  {config.http.ingress_replicas} process, metrics at {base}/metrics/targets"
+    )
     typer.echo("\ntry it:\n")
     typer.echo(
         f"curl -N {base}/v1/chat/completions -H 'Content-Type: application/json' "

@@ -131,6 +131,17 @@ class ClusterView:
                 card.incarnation, hashes[: num_tokens // card.block_size], now
             )
 
+    def num_indexed_blocks(self, incarnation: str) -> int:
+        """Blocks that a worker reported and still caches."""
+        card = self._cards.get(incarnation)
+        index = self._indexes.get(card.block_size) if card else None
+        return index.num_confirmed(incarnation) if index else 0
+
+    @property
+    def views(self) -> tuple[WorkerView, ...]:
+        """Every ready worker, draining ones too."""
+        return tuple(self._views.values())
+
     def check(self) -> None:
         """Assert the invariants (for tests)."""
         assert self._views.keys() <= self._cards.keys()

@@ -37,11 +37,19 @@ class BlockPool:
         self._free = OrderedDict.fromkeys(BlockId(i) for i in range(num_blocks))
         self._stored: list[BlockHash] = []
         self._removed: list[BlockHash] = []
+        self.num_cached = 0  # of the free ones, findable by hash
 
     @property
     def num_free(self) -> int:
         """Blocks that ``allocate`` can return now, cached ones included."""
         return len(self._free)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Blocks by state; from any thread, so a block that moves now may count twice."""
+        num_free, num_cached = len(self._free), self.num_cached
+        held = self.num_blocks - num_free
+        return {"held": held, "cached": num_cached, "free": num_free - num_cached}
 
     def match(self, hashes: Sequence[BlockHash]) -> list[BlockId]:
         """Longest cached prefix of ``hashes``. Changes nothing; ``acquire`` it to keep it."""
@@ -60,7 +68,9 @@ class BlockPool:
     def acquire(self, block_ids: Sequence[BlockId]) -> None:
         """Add one reference to each block found by ``match``."""
         for block_id in block_ids:
-            self._free.pop(block_id, None)
+            if self._ref_counts[block_id] == 0:  # it has a hash, by which it was found
+                del self._free[block_id]
+                self.num_cached -= 1
             self._ref_counts[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[BlockId]:
@@ -92,6 +102,8 @@ class BlockPool:
                 self._free[block_id] = None
                 if self._hashes[block_id] is None:
                     self._free.move_to_end(block_id, last=False)
+                else:
+                    self.num_cached += 1
 
     def cached_hashes(self) -> list[BlockHash]:
         """Every hash that ``match`` can find now."""
@@ -110,10 +122,12 @@ class BlockPool:
         assert {i for i, count in enumerate(self._ref_counts) if count == 0} == set(self._free)
         assert all(self._hashes[block_id] == h for h, block_id in self._by_hash.items())
         assert sum(h is not None for h in self._hashes) == len(self._by_hash)
+        assert sum(self._hashes[block_id] is not None for block_id in self._free) == self.num_cached
 
     def _evict(self, block_id: BlockId) -> None:
         block_hash = self._hashes[block_id]
         if block_hash is not None:
             del self._by_hash[block_hash]
             self._hashes[block_id] = None
+            self.num_cached -= 1
             self._removed.append(block_hash)

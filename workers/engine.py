@@ -11,13 +11,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from antiphon.errors import AntiphonError, StepAbandonedError, WorkerBusyError
 from antiphon.messages import BlockHash, Load, RequestOutput, RequestTiming
 from antiphon.workers.batch import Batch
 from antiphon.workers.block_pool import BlockPool
+from antiphon.workers.engine_stats import EngineStats
 from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.request import PrefillPath, Request
 from antiphon.workers.scheduler import Scheduler, SchedulerConfig
@@ -26,8 +26,6 @@ from antiphon.workers.timeline import Handoff
 
 logger = logging.getLogger(__name__)
 
-_RATE_SMOOTHING = 0.2  # weight of the newest step in the measured rates
-_MIN_RATED_TOKENS = 32  # the fixed cost of a step hides the rate of smaller ones
 _MAX_STEP_FAILURES = 3  # in a row; then the worker says it is unhealthy
 _MAX_STEP_SECONDS = 300.0  # a step that takes longer hangs; a slow one on a CPU takes tens
 
@@ -51,23 +49,6 @@ class EngineListener(Protocol):
         """Before every step and when there is nothing to do: what the router should know."""
 
 
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since the start; read from any thread."""
-
-    num_steps: int = 0
-    num_prompt_tokens: int = 0  # computed here
-    num_generated_tokens: int = 0
-    num_preemptions: int = 0
-    step_failures: int = 0
-    step_failures_in_a_row: int = 0
-    num_decode_steps: int = 0  # without prompt tokens
-    num_graph_steps: int = 0  # of those, replayed from a captured graph
-    decode_seconds: float = 0.0  # in those
-    prefill_tokens_per_second: float = 0.0  # smoothed
-    decode_step_seconds: float = 0.0  # smoothed
-
-
 class Engine:
     """Runs requests to their end.
 
@@ -88,15 +69,16 @@ class Engine:
         self.stats = EngineStats()
         self._runner = runner
         self._step_times = StepTimes(target_itl_seconds)
-        pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size)
-        self._scheduler = Scheduler(config, pool, self._step_times.prompt_limit)
+        self.pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size)
+        self._scheduler = Scheduler(config, self.pool, self._step_times.prompt_limit)
         self._listener = listener
         # Each has one writer; their difference is what waits to be applied.
         self._num_added = self._num_entered = 0
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failure: Exception | None = None  # what ended the loop
         self._aborting: set[str] = set()  # aborts that wait for the step to end
-        self._step_began_at: float | None = None
+        self._progress_at: float | None = None  # of what it does now; None: it waits for work
+        self.last_load = self.load(self._scheduler)
         self._thread = threading.Thread(target=self._loop, name="antiphon-engine", daemon=True)
 
     def start(self) -> None:
@@ -112,16 +94,25 @@ class Engine:
     @property
     def is_healthy(self) -> bool:
         """Whether the thread lives and steps succeed, in bounded time."""
-        began_at = self._step_began_at
-        hangs = began_at is not None and time.monotonic() - began_at > _MAX_STEP_SECONDS
+        hangs = self.last_step_age_seconds > _MAX_STEP_SECONDS
         failed = self._failure or self.stats.step_failures_in_a_row >= _MAX_STEP_FAILURES
         return self._thread.is_alive() and not hangs and not failed
 
+    @property
+    def last_step_age_seconds(self) -> float:
+        """Since the last step began, while there is work; 0 while there is none."""
+        progress_at = self._progress_at
+        return 0.0 if progress_at is None else time.monotonic() - progress_at
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without blocks, those included that came during the step."""
+        return self._scheduler.num_waiting + self._num_added - self._num_entered
+
     def check_room(self) -> None:
         """Raise ``WorkerBusyError`` if the queue is full; waits for no step."""
-        num_waiting = self._scheduler.num_waiting + self._num_added - self._num_entered
-        if num_waiting >= (self._scheduler.config.max_waiting_requests or 1):
-            raise WorkerBusyError(f"{num_waiting} requests are waiting here already")
+        if self.num_waiting >= (self._scheduler.config.max_waiting_requests or 1):
+            raise WorkerBusyError(f"{self.num_waiting} requests are waiting here already")
 
     def add(self, request: Request) -> None:
         """Queue a request, or raise as ``check_room`` does; from one thread only."""
@@ -181,17 +172,21 @@ class Engine:
 
     def _run_steps(self) -> None:
         is_busy = False
-        self._listener.on_changed([], [], self.load(self._scheduler))  # all blocks are free
+        self._report_load([], [])  # all blocks are free
         while self._apply_commands(wait=not is_busy):
+            self._progress_at = time.monotonic()
             batch = self._schedule()
             # Before the step: what came during the last one is in this load, not in that.
-            stored, removed = self._scheduler.pool.drain_changes()
-            self._listener.on_changed(stored, removed, self.load(self._scheduler))
+            self._report_load(*self._scheduler.pool.drain_changes())
             if batch is not None:
-                self._step_began_at = time.monotonic()
                 self._step(batch)
-                self._step_began_at = None
+            else:
+                self._progress_at = None
             is_busy = batch is not None
+
+    def _report_load(self, stored: list[BlockHash], removed: list[BlockHash]) -> None:
+        self.last_load = self.load(self._scheduler)
+        self._listener.on_changed(stored, removed, self.last_load)
 
     def _refuse_everything(self, error: Exception) -> None:
         """Answer what is here and whatever still comes, so that nobody waits for ever."""
@@ -206,6 +201,7 @@ class Engine:
         """Apply what has piled up, waiting for the first if there is nothing else to do."""
         try:
             command = self._commands.get(block=wait)
+            self._progress_at = self._progress_at or time.monotonic()
             while True:
                 if command is None:
                     return False
@@ -290,33 +286,15 @@ class Engine:
     def _fail(self, batch: Batch, error: Exception) -> None:
         """End the requests of a failed step honestly; the others go on."""
         logger.exception("a step of %d requests failed", len(batch.chunks))
-        self.stats.step_failures += 1
-        self.stats.step_failures_in_a_row += 1
+        self.stats.fail()
         for chunk in batch.chunks:
             request = chunk.request
             self._scheduler.abort(request.request_id, keep_blocks=request.is_prefill_only)
             self._listener.on_refused(request.request_id, error)
 
     def _measure(self, batch: Batch, seconds: float, now: float) -> None:
-        stats = self.stats
-        num_sampled = sum(chunk.samples for chunk in batch.chunks)
-        num_decoding = sum(chunk.samples and chunk.num_tokens == 1 for chunk in batch.chunks)
-        num_prompt = sum(chunk.num_tokens for chunk in batch.chunks) - num_decoding
+        num_decoding, num_prompt = self.stats.record(batch, seconds)
         self._step_times.record(num_decoding, num_prompt, seconds, now)
-        stats.num_steps += 1
-        stats.step_failures_in_a_row = 0
-        stats.num_generated_tokens += num_sampled
-        stats.num_prompt_tokens += num_prompt
-        stats.num_preemptions = self._scheduler.num_preemptions
-        if num_prompt == 0:
-            stats.num_decode_steps += 1
-            stats.num_graph_steps = self._runner.num_graph_steps
-            stats.decode_seconds += seconds
-            stats.decode_step_seconds = _smoothed(stats.decode_step_seconds, seconds)
-        elif num_prompt >= max(_MIN_RATED_TOKENS, 8 * num_sampled):
-            rate = num_prompt / seconds
-            stats.prefill_tokens_per_second = _smoothed(stats.prefill_tokens_per_second, rate)
-
-
-def _smoothed(old: float, new: float) -> float:
-    return new if old == 0 else old + _RATE_SMOOTHING * (new - old)
+        self.stats.num_preemptions = self._scheduler.num_preemptions
+        self.stats.num_cached_tokens = self._scheduler.num_cached_tokens
+        self.stats.num_graph_steps = self._runner.num_graph_steps

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 from antiphon.errors import CapacityError, PrefillFailedError, WorkerBusyError
 from antiphon.messages import RefusalKind, Refused, RequestOutput, StepOutput, Submit
-from antiphon.metrics import Metrics
 from antiphon.workers.block_pool import BlockId
 from antiphon.workers.engine import Engine
 from antiphon.workers.prefill_client import PrefillClient, Wanted
@@ -29,6 +28,7 @@ from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.scheduler import Scheduler
 from antiphon.workers.session import Session
 from antiphon.workers.shunned_peers import ShunnedPeers
+from antiphon.workers.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class GenerateService:
     """Answers ``Submit`` messages. All methods run on the event loop unless they say otherwise."""
 
     def __init__(
-        self, engine: Engine, client: PrefillClient, metrics: Metrics, limits: GenerateLimits
+        self, engine: Engine, client: PrefillClient, metrics: WorkerMetrics, limits: GenerateLimits
     ) -> None:
         self._engine = engine
         self._client = client
@@ -106,8 +106,6 @@ class GenerateService:
             if job is None:
                 continue  # aborted since
             by_session.setdefault(job.session, []).append(output)
-            if output.timing is not None:
-                self._metrics.decode_waited(output.timing.prefill_path, output.timing.decode_queue)
             if output.finish_reason is not None:
                 self._end(output.request_id, output.finish_reason)
         for session, session_outputs in by_session.items():

@@ -1,12 +1,14 @@
 """The counters of a worker's ends of hand-offs for Prometheus, read when it scrapes."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from antiphon.workers.handoff.counters import HandoffCounters, total
+from antiphon.metrics import Values, counter_family, gauge_family
+from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, total
 
 
 class HandoffEnd(Protocol):
@@ -16,8 +18,15 @@ class HandoffEnd(Protocol):
     def num_links(self) -> int:
         """Links that are offered, open or being made."""
 
+    @property
+    def quarantined_bytes(self) -> int:
+        """Staging that somebody may still write to, though its link was given up."""
+
     def counters(self) -> HandoffCounters:
         """What it has counted."""
+
+    def link_counts(self) -> list[LinkCounts]:
+        """What each of its links has carried."""
 
 
 class HandoffCollector(Collector):
@@ -33,9 +42,9 @@ class HandoffCollector(Collector):
         self._ends = ends
 
     def collect(self) -> Iterator[Metric]:
-        """Yield one family per counter, then the gauges."""
+        """Yield one family after the other."""
         counts = total(end.counters() for end in self._ends)
-        totals = {
+        for name, (text, value) in {
             "bytes": ("KV bytes sent or accepted.", counts.sent_bytes + counts.received_bytes),
             "segments": ("Segments sent or accepted.", counts.segments),
             "seconds": ("Time that links were busy with segments.", counts.seconds),
@@ -47,25 +56,43 @@ class HandoffCollector(Collector):
             "links_made": ("Links made.", counts.links_made),
             "links_prewarmed": ("Of those, before a transfer wanted them.", counts.prewarmed_links),
             "links_broken": ("Links that broke.", counts.broken_links),
-        }
-        for name, (text, value) in totals.items():
-            family = CounterMetricFamily(f"antiphon_handoff_{name}", text, labels=["role"])
-            family.add_metric([self._role], value)
-            yield family
-        discarded = CounterMetricFamily(
+        }.items():
+            yield counter_family(f"antiphon_handoff_{name}", text, ["role"], self._alone(value))
+        yield counter_family(
             "antiphon_handoff_discarded_segments",
             "Messages thrown away.",
-            labels=["role", "reason"],
+            ["role", "reason"],
+            {(self._role, reason): n for reason, n in counts.discarded_segments.items()},
         )
-        for reason, value in counts.discarded_segments.items():
-            discarded.add_metric([self._role, reason], value)
-        yield discarded
-        num_links = sum(end.num_links for end in self._ends)
-        gauges = {
-            "links": ("Links that are offered, open or being made.", num_links),
+        for name, (text, value) in {
+            "links": (
+                "Links that are offered, open or being made.",
+                sum(end.num_links for end in self._ends),
+            ),
             "staging_bytes": ("Memory in which segments wait.", counts.staging_bytes),
-        }
-        for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(f"antiphon_handoff_{name}", text, labels=["role"])
-            gauge.add_metric([self._role], value)
-            yield gauge
+            "quarantined_bytes": (
+                "Of that, memory of links that were given up, which peers may still write to.",
+                sum(end.quarantined_bytes for end in self._ends),
+            ),
+        }.items():
+            yield gauge_family(f"antiphon_handoff_{name}", text, ["role"], self._alone(value))
+        yield from self._links()
+
+    def _links(self) -> Iterator[Metric]:
+        """Of two links with one peer, as while one is given up, the sum."""
+        num_bytes: Counter[tuple[str, ...]] = Counter()
+        seconds: dict[tuple[str, ...], float] = {}
+        for link in (link for end in self._ends for link in end.link_counts()):
+            key = (self._role, link.direction, link.peer)
+            num_bytes[key] += link.num_bytes
+            seconds[key] = seconds.get(key, 0.0) + link.seconds
+        labels = ["role", "direction", "peer"]
+        yield counter_family(
+            "antiphon_handoff_link_bytes", "KV bytes over one link.", labels, num_bytes
+        )
+        yield counter_family(
+            "antiphon_handoff_link_seconds", "Time that one link was busy.", labels, seconds
+        )
+
+    def _alone(self, value: float) -> Values:
+        return {(self._role,): value}

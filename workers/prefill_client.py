@@ -162,7 +162,7 @@ class PrefillClient:
             LinkBrokenError: The receiver is closed.
         """
         session = await self._connect(peer)
-        offer = self.receiver.prewarm(session.card.incarnation)
+        offer = self.receiver.prewarm(session.card.incarnation, session.card.replica_id)
         if offer is not None:
             session.send(Prewarm(offer))
 
@@ -188,7 +188,7 @@ class PrefillClient:
         if session.is_closed:  # whoever was told of that did not know of this request yet
             raise LinkBrokenError("the prefill worker is gone")
         transfer_id, first_token = uuid.uuid4().hex, wanted.num_in_place
-        link = self.receiver.offer(session.card.incarnation)
+        link = self.receiver.offer(session.card.incarnation, session.card.replica_id)
         incoming = self.receiver.expect(
             transfer_id, link.link_id, wanted.block_table, first_token, len(wanted.token_ids)
         )

@@ -23,10 +23,10 @@ from typing import Protocol
 
 from antiphon.errors import PrefillFailedError
 from antiphon.messages import FailedPrefill, PrefillPeer
-from antiphon.metrics import Metrics
 from antiphon.workers.prefill_client import Outcome, PrefillClient, Wanted
 from antiphon.workers.shunned_peers import ShunnedPeers
 from antiphon.workers.timeline import Handoff
+from antiphon.workers.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class PrefillLadder:
         client: PrefillClient,
         shunned: ShunnedPeers,
         limits: LadderLimits,
-        metrics: Metrics,
+        metrics: WorkerMetrics,
         climber: Climber,
     ) -> None:
         self._client = client
@@ -147,7 +147,7 @@ class PrefillLadder:
             peer = tries.next(time.monotonic(), even_shunned=even_shunned)
             if peer is None:
                 return error
-            asked_at = time.monotonic()
+            asked_at, num_before = time.monotonic(), wanted.num_in_place
             try:
                 await self._client.fetch(peer, wanted, tries.deadline)
             except PrefillFailedError as foreseen:
@@ -157,13 +157,20 @@ class PrefillLadder:
                 error = PrefillFailedError(Outcome.FAILED, repr(unforeseen))
             else:
                 self._shunned.succeeded(peer.incarnation)
-                self._metrics.prefill_attempt(Outcome.COMPLETE)
+                self._delivered(wanted, num_before)
                 return None
             seconds = time.monotonic() - asked_at
             failed = FailedPrefill(peer.replica_id or peer.url, error.outcome, seconds)
             wanted.handoff = Handoff(failed=(*wanted.handoff.failed, failed))
+            self._metrics.received(wanted.num_in_place - num_before)
             self._failed(wanted, tries, peer, error)
         return None
+
+    def _delivered(self, wanted: Wanted, num_before: int) -> None:
+        self._metrics.prefill_attempt(Outcome.COMPLETE)
+        self._metrics.received(wanted.num_in_place - num_before)
+        if (remote := wanted.handoff.remote) is not None:
+            self._metrics.transferred(remote.send)
 
     def _failed(
         self, wanted: Wanted, tries: Tries, peer: PrefillPeer, error: PrefillFailedError

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from antiphon.errors import AntiphonError
 from antiphon.messages import PrefillPeer
-from antiphon.metrics import Metrics
 from antiphon.workers.prefill_client import PrefillClient
+from antiphon.workers.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class LinkPrewarmer:
         metrics: Where failures are counted.
     """
 
-    def __init__(self, client: PrefillClient, metrics: Metrics) -> None:
+    def __init__(self, client: PrefillClient, metrics: WorkerMetrics) -> None:
         self._client = client
         self._metrics = metrics
         self._seen: OrderedDict[str, None] = OrderedDict()  # incarnations, latest named last

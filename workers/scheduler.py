@@ -60,6 +60,7 @@ class Scheduler:
         self._newly_reserved: list[Request] = []
         self._newly_prefilled: list[Request] = []
         self.num_preemptions = 0
+        self.num_cached_tokens = 0  # of prompts, found in the prefix cache
 
     @property
     def num_waiting(self) -> int:
@@ -287,6 +288,7 @@ class Scheduler:
         request.num_published_blocks = len(cached)
         if not request.num_preemptions:
             request.num_cached_tokens = request.num_computed_tokens
+            self.num_cached_tokens += request.num_cached_tokens
         return True
 
     def _match(self, request: Request) -> list[BlockId]:

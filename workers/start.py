@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
+from antiphon import __version__
 from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
 from antiphon.errors import ConfigError
 from antiphon.kernels.selection import select_kernels
 from antiphon.messages import Role, WorkerCard
-from antiphon.metrics import Metrics
+from antiphon.vllm_names import VllmCollector
 from antiphon.workers.decode_graphs import capture_cuda_graph, graph_buckets
 from antiphon.workers.engine import Engine
-from antiphon.workers.engine_metrics import EngineCollector
+from antiphon.workers.engine_metrics import EngineCollector, worker_state
 from antiphon.workers.generate_service import GenerateLimits, GenerateService
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.gloo import GlooTransport
@@ -42,6 +43,7 @@ from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.scheduler import SchedulerConfig
 from antiphon.workers.session import SessionServer
 from antiphon.workers.worker import Closer, Worker
+from antiphon.workers.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class WorkerSettings:
     engine: EngineConfig
     handoff: HandoffConfig
     target_itl_seconds: float | None = None  # of the router; prefill workers generate under one
+    vllm_names: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ def cache_layout(layout: KVLayout, engine: EngineConfig, handoff: HandoffConfig)
 
 async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transport) -> Worker:
     """Serve sessions with a loaded model."""
-    metrics = Metrics(settings.role.value)
+    metrics = WorkerMetrics(settings.role.value)
     server = SessionServer(metrics.render)
     card = _card(settings, loaded, await server.listen(settings.host))
     worker = Worker(card, server, metrics)
@@ -163,8 +166,14 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
         worker,
         settings.target_itl_seconds,
     )
-    metrics.registry.register(EngineCollector(card.role, engine.stats))
-    endpoint = Endpoint(transport, loaded.runner.cache, card.incarnation, _wire_format(loaded))
+    metrics.introduce(card, settings.model.name, __version__)
+    metrics.registry.register(EngineCollector(card.role, engine))
+    if settings.vllm_names and card.role is not Role.PREFILL:
+        states = VllmCollector(settings.model.name, lambda: [worker_state(engine)])
+        metrics.registry.register(states)
+    endpoint = Endpoint(
+        transport, loaded.runner.cache, card.incarnation, _wire_format(loaded), card.replica_id
+    )
     limits = RequestLimits(card.max_context_tokens, loaded.runner.model.config.vocab_size)
     sender, prefill = _prefill_service(engine, endpoint, settings.handoff, limits)
     closers, generate = _generate_service(worker, engine, endpoint, settings.handoff, limits)

@@ -26,7 +26,6 @@ from antiphon.messages import (
     Submit,
     WorkerCard,
 )
-from antiphon.metrics import Metrics
 from antiphon.workers.engine import Engine
 from antiphon.workers.generate_service import GenerateService
 from antiphon.workers.prefill_service import PrefillService
@@ -35,6 +34,7 @@ from antiphon.workers.request import Request
 from antiphon.workers.scheduler import Scheduler
 from antiphon.workers.session import Session, SessionServer
 from antiphon.workers.telemetry import TelemetryPublisher
+from antiphon.workers.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _HAND_OVER_SECONDS = 5.0  # for transfers to let go of their blocks
 class Worker:
     """Joins the parts; is the engine's listener and the session server's handler."""
 
-    def __init__(self, card: WorkerCard, server: SessionServer, metrics: Metrics) -> None:
+    def __init__(self, card: WorkerCard, server: SessionServer, metrics: WorkerMetrics) -> None:
         self.card = card
         self.metrics = metrics
         self._server = server
@@ -90,6 +90,7 @@ class Worker:
             Whether everything was finished here.
         """
         self._is_draining = True
+        self.metrics.drain()
         self._telemetry.drain()
         if await self._wait_until_idle(timeout_seconds):
             return True

@@ -4,15 +4,14 @@ One document serves the command line, ``serve run`` and the chart. Unknown keys 
 error names the key, the value and what is allowed.
 """
 
-import difflib
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
+from antiphon.config_errors import explain
 from antiphon.errors import ConfigError
 from antiphon.messages import MAX_PREFILL_CANDIDATES
 
@@ -192,6 +191,16 @@ class HttpConfig(_Section):
     )
 
 
+class MetricsConfig(_Section):
+    """What Prometheus reads."""
+
+    vllm_names: bool = Field(
+        False,
+        description="Serve vLLM's five scheduler gauges too, as vllm:*, for gateways that route by "
+        "them.",
+    )
+
+
 class AntiphonConfig(_Section):
     """A whole deployment."""
 
@@ -202,6 +211,7 @@ class AntiphonConfig(_Section):
     handoff: HandoffConfig = HandoffConfig()
     router: RouterConfig = RouterConfig()
     http: HttpConfig = HttpConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -244,7 +254,7 @@ def parse_config(data: Mapping[str, Any] | None, origin: str = "configuration") 
     try:
         return AntiphonConfig.model_validate(dict(data or {}))
     except ValidationError as error:
-        raise ConfigError(_explain(error, origin)) from None
+        raise ConfigError(explain(error, AntiphonConfig, origin)) from None
 
 
 def load_config(path: Path) -> AntiphonConfig:
@@ -273,33 +283,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")
     return data
-
-
-def _explain(error: ValidationError, origin: str) -> str:
-    lines = []
-    for item in error.errors(include_url=False):
-        path = tuple(str(part) for part in item["loc"])
-        key = ".".join(path) or "(whole document)"
-        if item["type"] == "extra_forbidden":
-            allowed = sorted(_section_at(path[:-1]).model_fields)
-            close = difflib.get_close_matches(path[-1], allowed, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            lines.append(f"{key}: unknown key; {hint}allowed: {', '.join(allowed)}")
-        elif item["type"] == "value_error":
-            lines.append(f"{key}: {item['ctx']['error']}")
-        else:
-            lines.append(f"{key}: got {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}")
-    return f"{origin}:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _section_at(path: tuple[str, ...]) -> type[BaseModel]:
-    section: type[BaseModel] = AntiphonConfig
-    for part in path:
-        annotation = section.model_fields[part].annotation
-        candidates = (
-            get_args(annotation) if get_origin(annotation) is types.UnionType else (annotation,)
-        )
-        for candidate in candidates:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                section = candidate
-    return section

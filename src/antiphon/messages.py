@@ -149,6 +149,7 @@ class LinkOffer(msgspec.Struct, frozen=True):
     receiver_incarnation: str
     wire_fingerprint: str  # model, layers, heads, head_dim, wire dtype, protocol
     segment_bytes: int = 4 << 20  # the largest payload that the receiver takes
+    receiver_name: str = ""  # replica id, for people
 
 
 class Prefill(_Message, frozen=True):

@@ -1,134 +1,127 @@
-"""Prometheus metrics that every process may count, in a registry of its own."""
+"""What the metrics of every process have in common: a registry of its own, and one label, ``role``.
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+A quantity is counted in one kind of process only, so a sum over all targets is right. Whatever has
+a label with a worker or a link in it is dropped when that is gone.
+"""
 
-_RATIOS = (0.25, 0.5, 0.8, 1.0, 1.25, 2, 4)
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+SECONDS = (
+    0.0005, 0.001, 0.002, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
+    0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+MICROSECONDS = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2)
+TOKENS = (
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5,
+)  # fmt: skip
+RATIOS = (0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0)
+
+Values = Mapping[tuple[str, ...], float]
+
+
+class Buckets:
+    """Observations counted by bucket, for one writing thread.
+
+    prometheus_client's own take a lock twice for each observation and look through the buckets one
+    by one, which is too much for something that happens for every token. A scrape may see an
+    observation in the sum that it does not see in a bucket yet.
+
+    Args:
+        bounds: Of the buckets, rising.
+    """
+
+    def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
+        self._bounds = tuple(bounds)
+        self._les = [*map(floatToGoString, self._bounds), "+Inf"]
+        self._children: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
+
+    def observe(self, value: float, *labels: str, count: int = 1) -> None:
+        """Count a value, or ``count`` equal ones, under the values of some labels."""
+        child = self._children.get(labels)
+        if child is None:
+            child = self._children[labels] = ([0] * len(self._les), [0.0])
+        child[0][bisect_left(self._bounds, value)] += count
+        child[1][0] += value * count
+
+    def family(self, name: str, text: str, role: str, *labels: str) -> HistogramMetricFamily:
+        """What was counted; ``labels`` are the names of those that were observed."""
+        family = HistogramMetricFamily(name, text, labels=["role", *labels])
+        for values, (counts, total) in tuple(self._children.items()):
+            cumulative = zip(self._les, accumulate(tuple(counts)), strict=True)
+            family.add_metric([role, *values], list(cumulative), total[0])
+        return family
+
+
+class _BucketsCollector(Collector):
+    def __init__(self, make_family: Callable[[], Metric]) -> None:
+        self._make_family = make_family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._make_family()
 
 
 class Metrics:
-    """One process's counters.
+    """One process's metrics.
 
     Args:
-        role: Label on every sample: ``ingress`` or the worker's role.
+        role: ``ingress`` or the worker's role.
     """
 
     def __init__(self, role: str) -> None:
         self.registry = CollectorRegistry()
-        self._role = role
-        self._requests = self._counter(
-            "antiphon_requests", "Requests that ended here, by outcome.", "outcome"
-        )
-        self._fallbacks = self._counter(
-            "antiphon_prefill_fallbacks",
-            "Prompts computed by the decode worker because the prefill pool failed.",
-            "reason",
-        )
-        self._prefill_attempts = self._counter(
-            "antiphon_prefill_attempts",
-            "Prefill workers asked for a prompt, by outcome.",
-            "outcome",
-        )
-        self._replays = self._counter(
-            "antiphon_replays",
-            "Requests that went on at another worker after theirs was lost.",
-            "reason",
-        )
-        self._refusals = self._counter(
-            "antiphon_refusals", "Requests refused for want of capacity.", "reason"
-        )
+        self.role = role
 
-        self._engine_ttft = Histogram(
-            "antiphon_engine_time_to_first_token_seconds",
-            "From a request's arrival at its decode worker to its first token, by who computed it.",
-            ["role", "path"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._prewarm_failures = self._counter(
-            "antiphon_handoff_prewarm_failures",
-            "Links that could not be made before a request wanted them.",
-            "reason",
-        )
-        self._decode_wait = Histogram(
-            "antiphon_decode_wait_seconds",
-            "From a prompt's KV being complete to the step that gives its first token.",
-            ["role", "path"],
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._decisions = self._counter(
-            "antiphon_router_decisions", "Requests sent to workers, by why there.", "reason"
-        )
-        self._ttft_ratio = Histogram(
-            "antiphon_router_time_to_first_token_ratio",
-            "Time from a router's decision to the first token, over what it had predicted.",
-            ["role", "reason"],
-            buckets=_RATIOS,
-            registry=self.registry,
-        )
-        self._decode_step = Gauge(
-            "antiphon_decode_step_seconds",
-            "A worker's own measure of its decode steps, smoothed.",
-            ["role", "worker"],
-            registry=self.registry,
-        )
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        """Make a counter; ``name`` is without ``_total``."""
+        return Counter(name, text, ["role", *labels], registry=self.registry)
 
-    def first_token(self, path: str, seconds: float) -> None:
-        """Record a decode worker's own time to first token."""
-        self._engine_ttft.labels(self._role, path).observe(seconds)
+    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        """Make a gauge."""
+        return Gauge(name, text, ["role", *labels], registry=self.registry)
 
-    def prewarm_failed(self, reason: str) -> None:
-        """Count a link that could not be made before a request wanted it."""
-        self._prewarm_failures.labels(self._role, reason).inc()
-
-    def decode_waited(self, path: str, seconds: float) -> None:
-        """Record how long a request with a complete prompt waited for its first decode step."""
-        self._decode_wait.labels(self._role, path).observe(seconds)
-
-    def decided(self, reason: str) -> None:
-        """Count a request that was sent as the router decided."""
-        self._decisions.labels(self._role, reason).inc()
-
-    def first_token_came(self, reason: str, predicted_seconds: float, seconds: float) -> None:
-        """Record how a router's prediction turned out."""
-        self._ttft_ratio.labels(self._role, reason).observe(seconds / predicted_seconds)
-
-    def decode_step(self, worker: str, seconds: float) -> None:
-        """Record what a worker says of its steps."""
-        self._decode_step.labels(self._role, worker).set(seconds)
-
-    def forget_worker(self, worker: str) -> None:
-        """Drop the gauges of a worker that is gone."""
-        self._decode_step.remove_by_labels({"role": self._role, "worker": worker})
-
-    def request_ended(self, outcome: str) -> None:
-        """Count a request by how it ended: a finish reason, aborted, refused or failed."""
-        self._requests.labels(self._role, outcome).inc()
-
-    def fell_back(self, reason: str) -> None:
-        """Count a prompt that the decode worker had to compute itself."""
-        self._fallbacks.labels(self._role, reason).inc()
-
-    def prefill_attempt(self, outcome: str) -> None:
-        """Count how one prefill worker answered for one prompt."""
-        self._prefill_attempts.labels(self._role, outcome).inc()
-
-    def replayed(self, reason: str) -> None:
-        """Count a request that was sent again, with the tokens that it had."""
-        self._replays.labels(self._role, reason).inc()
-
-    def refused(self, reason: str) -> None:
-        """Count a request that was refused as busy."""
-        self._refusals.labels(self._role, reason).inc()
+    def histogram(
+        self, name: str, text: str, *labels: str, bounds: Sequence[float] = SECONDS
+    ) -> Buckets:
+        """Make a histogram."""
+        buckets = Buckets(bounds)
+        collector = _BucketsCollector(lambda: buckets.family(name, text, self.role, *labels))
+        self.registry.register(collector)
+        return buckets
 
     def count(self, name: str, **labels: str) -> float:
-        """Read a counter; 0 if nothing was counted under these labels."""
-        return self.registry.get_sample_value(name, {"role": self._role, **labels}) or 0.0
+        """Read a sample; 0 if nothing was counted under these labels."""
+        return self.registry.get_sample_value(name, {"role": self.role, **labels}) or 0.0
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, text: str, label: str) -> Counter:
-        return Counter(name, text, ["role", label], registry=self.registry)
+
+def counter_family(
+    name: str, text: str, labels: Sequence[str], values: Values
+) -> CounterMetricFamily:
+    """Counters that are read when Prometheus scrapes; ``name`` is without ``_total``."""
+    family = CounterMetricFamily(name, text, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family
+
+
+def gauge_family(name: str, text: str, labels: Sequence[str], values: Values) -> GaugeMetricFamily:
+    """Gauges that are read when Prometheus scrapes."""
+    family = GaugeMetricFamily(name, text, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family

@@ -14,9 +14,9 @@ from tiny_models import oracle, tiny_model
 from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
 from antiphon.deployment import cluster_backend
 from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.errors import NoWorkerError, WorkerBusyError, WorkerLostError
 from antiphon.messages import RequestOutput, Role, SamplingParams
-from antiphon.metrics import Metrics
 from antiphon.workers.worker import Worker
 
 PROMPT = [5 + i for i in range(20)]
@@ -27,7 +27,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 
 def backend_for(*roles: Role) -> ClusterBackend:
-    return ClusterBackend("tiny", RouterConfig(), set(roles), Metrics("ingress"))
+    return ClusterBackend("tiny", RouterConfig(), set(roles), IngressMetrics())
 
 
 def show(backend: ClusterBackend, role: Role, *workers: Worker) -> None:
@@ -289,7 +289,7 @@ def test_a_worker_that_is_not_listed_any_more_is_not_sought(
 def test_a_prefill_worker_keeps_a_request_that_decode_has_no_room_for() -> None:
     model = tiny_model("llama")
     expected = oracle(model, PROMPT, 6)
-    metrics = Metrics("ingress")
+    metrics = IngressMetrics()
 
     async def scenario() -> None:
         prefill, decode = await start(Role.PREFILL, model), await start(Role.DECODE, model)

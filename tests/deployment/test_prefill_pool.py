@@ -7,8 +7,8 @@ from tiny_models import tiny_model
 
 from antiphon.config import RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.messages import Role
-from antiphon.metrics import Metrics
 
 
 def test_links_are_prewarmed_whoever_comes_first() -> None:
@@ -18,7 +18,7 @@ def test_links_are_prewarmed_whoever_comes_first() -> None:
         workers = [await start(role, model) for role in (Role.PREFILL, Role.DECODE, Role.PREFILL)]
         first, decode, second = workers
         roles = {Role.PREFILL, Role.DECODE}
-        backend = ClusterBackend("tiny", RouterConfig(), roles, Metrics("ingress"))
+        backend = ClusterBackend("tiny", RouterConfig(), roles, IngressMetrics())
         backend.set_workers(Role.PREFILL, {"p1": first.card})
         backend.set_workers(Role.DECODE, {"d": decode.card})
         counters = decode.generate.receiver.counters

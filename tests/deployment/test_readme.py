@@ -1,6 +1,7 @@
 """What the README says is what the program does: keys, commands, parameters, model families."""
 
 import ast
+import asyncio
 import re
 import warnings
 from collections.abc import Iterator
@@ -12,16 +13,16 @@ import pytest
 import typer.main
 import yaml
 from page_commands import PATHS, blocks, check, check_import_path, commands
-from tiny_models import FAMILIES, REFUSED
+from pools import start
+from tiny_models import FAMILIES, REFUSED, tiny_model
 
-from antiphon.config import parse_config
+from antiphon.config import RouterConfig, parse_config
 from antiphon.deployment.cli import app as antiphon_command
+from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.openai_api import ChatCompletionRequest, CompletionRequest
+from antiphon.messages import Role
 from antiphon.metrics import Metrics
-from antiphon.workers.engine import EngineStats
-from antiphon.workers.engine_metrics import EngineCollector
-from antiphon.workers.handoff.counters import HandoffCounters
-from antiphon.workers.handoff_metrics import HandoffCollector
 
 with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.
@@ -121,22 +122,26 @@ def test_every_path_is_listed():
     assert listed == PATHS
 
 
-class NoHandoff:
-    num_links = 0
-
-    def counters(self) -> HandoffCounters:
-        return HandoffCounters()
-
-
-def test_every_metric_is_listed():
-    metrics = Metrics("decode")
-    metrics.registry.register(EngineCollector("decode", EngineStats()))
-    metrics.registry.register(HandoffCollector("decode", [NoHandoff()]))
-    names = {
+def names_of(metrics: Metrics) -> set[str]:
+    return {
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in metrics.registry.collect()
     }
-    assert set(re.findall(r"^\| `(antiphon_\w+)`", README, re.MULTILINE)) == names
+
+
+def test_every_metric_is_listed_and_in_one_kind_of_process():
+    async def scenario() -> tuple[set[str], set[str]]:
+        worker = await start(Role.DECODE, tiny_model("llama"), vllm_names=True)
+        metrics = IngressMetrics()
+        ClusterBackend("tiny", RouterConfig(), {Role.DECODE}, metrics)
+        names = names_of(worker.metrics), names_of(metrics)
+        await worker.close()
+        return names
+
+    of_worker, of_ingress = asyncio.run(scenario())
+    assert not of_worker & of_ingress
+    listed = re.findall(r"^\| `((?:antiphon_|vllm:)\w+)`", README, re.MULTILINE)
+    assert sorted(listed) == sorted(of_worker | of_ingress)
 
 
 def test_the_families_are_those_that_are_tested():

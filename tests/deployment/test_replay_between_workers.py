@@ -11,9 +11,9 @@ from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig, RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.errors import NoWorkerError, ServiceStoppingError, WorkerBusyError, WorkerLostError
 from antiphon.messages import RequestOutput, Role, SamplingParams
-from antiphon.metrics import Metrics
 from antiphon.workers.worker import Worker
 
 PROMPT = [5 + i for i in range(40)]
@@ -49,7 +49,7 @@ class Cluster:
     def __init__(self, model: Any, num_workers: int = 2, **router: Any) -> None:
         self._model = model
         self._num_workers = num_workers
-        self.metrics = Metrics("ingress")
+        self.metrics = IngressMetrics()
         self.backend = ClusterBackend(
             "tiny", RouterConfig(**router), {Role.COLOCATED}, self.metrics
         )

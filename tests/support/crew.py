@@ -17,9 +17,9 @@ from session_proxy import SessionProxy
 
 from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.errors import NoWorkerError
 from antiphon.messages import Role, WorkerCard
-from antiphon.metrics import Metrics
 from antiphon.router.decision import Decision
 from antiphon.router.policy import Policy
 from antiphon.workers.batch import Batch
@@ -78,7 +78,7 @@ class Crew:
         self.killed: list[Worker] = []
         self._tasks_before = asyncio.all_tasks()
         self._threads_before = worker_threads()
-        self.metrics = Metrics("ingress")
+        self.metrics = IngressMetrics()
         self.backend = ClusterBackend(
             "tiny",
             RouterConfig(local_prefill_max_tokens=0),
@@ -182,7 +182,7 @@ def worker_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith(names)}
 
 
-def total(metrics: Metrics, name: str, **ignored: str) -> float:
+def total(metrics: IngressMetrics, name: str, **ignored: str) -> float:
     """Sum of a counter's samples over all labels; those that match ``ignored`` do not count."""
     return sum(
         sample.value

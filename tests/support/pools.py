@@ -41,6 +41,7 @@ async def start(
     handoff: HandoffConfig | None = None,
     num_blocks: int = 64,
     transport: Transport | None = None,
+    vllm_names: bool = False,
 ) -> Worker:
     """Start a worker over a model that may be shared with others."""
     engine = engine or EngineConfig()
@@ -58,6 +59,7 @@ async def start(
         model=ModelConfig(),
         engine=engine,
         handoff=handoff,
+        vllm_names=vllm_names,
     )
     limit = min(paged.max_context_tokens, num_blocks * engine.block_size)
     loaded = Loaded(ModelRunner(paged, cache), "tiny", limit)

@@ -21,8 +21,8 @@ from pools import until
 
 from antiphon.config import EngineConfig, HandoffConfig, ModelConfig, RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.messages import Role, WorkerCard
-from antiphon.metrics import Metrics
 from antiphon.workers.start import WorkerSettings
 
 START_SECONDS = 60.0
@@ -127,7 +127,7 @@ class ProcessCluster:
         self._model_folder = model_folder
         self._sockets = sockets
         self.workers: dict[str, WorkerProcess] = {}  # by replica id; those that Serve would list
-        self.metrics = Metrics("ingress")
+        self.metrics = IngressMetrics()
         self.backend = ClusterBackend(
             "tiny",
             RouterConfig(local_prefill_max_tokens=8),

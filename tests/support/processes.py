@@ -68,10 +68,12 @@ class Product:
             return json.load(answer)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Sum of the ingress's samples of a metric whose labels match."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        return sum_of(text, name, labels)
+        """Sum over all ingresses of a metric's samples whose labels match."""
+        return sum(
+            sample_sum(target["targets"][0], name, **labels)
+            for target in self.get("/metrics/targets")
+            if target["labels"]["pool"] == "ingress"
+        )
 
     def workers(self, role: str) -> list[dict[str, Any]]:
         return [worker for worker in self.get("/workers") if worker["role"] == role]
@@ -99,6 +101,13 @@ class Product:
             except OSError:
                 continue  # it has just ended
         return {pid: command for pid, command in found.items() if command}
+
+
+def sample_sum(host_port: str, name: str, **labels: str) -> float:
+    """Sum of one process's samples of a metric whose labels match."""
+    with urllib.request.urlopen(f"http://{host_port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return sum_of(text, name, labels)
 
 
 def wait_for(

@@ -11,8 +11,8 @@ from scripted_backend import CharTokenizer
 from antiphon.config import EngineConfig, RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.http_app import create_app
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.messages import Role, SamplingParams
-from antiphon.metrics import Metrics
 from antiphon.workers.batch import Batch
 from antiphon.workers.handoff.memory import FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.worker import Worker
@@ -46,7 +46,7 @@ async def backend_over(*workers: Worker) -> ClusterBackend:
     """An ingress's backend that is connected to these workers and does not wait for others."""
     config = RouterConfig(local_prefill_max_tokens=0, replay_wait_seconds=0)
     roles = {worker.card.role for worker in workers}
-    backend = ClusterBackend("tiny", config, roles, Metrics("ingress"))
+    backend = ClusterBackend("tiny", config, roles, IngressMetrics())
     for role in roles:
         cards = [worker.card for worker in workers if worker.card.role is role]
         backend.set_workers(role, {card.replica_id: card for card in cards})

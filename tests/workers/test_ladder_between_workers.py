@@ -280,7 +280,9 @@ def test_without_headroom_the_decode_worker_says_busy_and_keeps_nothing(
             assert [end.partition(":")[0] for end in ends] == ["length", "busy", "busy"]
             assert "prefill failed" in ends[1]
             assert cluster.fallbacks("unreachable") == 1
-            refusals = cluster.decode.metrics.count("antiphon_refusals_total", reason="no_headroom")
+            refusals = cluster.decode.metrics.count(
+                "antiphon_worker_refusals_total", reason="no_headroom"
+            )
             assert refusals == 2
 
     run(scenario())

@@ -23,6 +23,21 @@ class HandoffCounters:
     staging_bytes: int = 0  # held now
 
 
+@dataclass(slots=True)
+class LinkCounts:
+    """What one link has carried; written by its thread, gone with it."""
+
+    peer: str  # replica id of the other end; where that is not known, what it was found by
+    direction: str  # "sent" or "received"
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, num_bytes: int, seconds: float) -> None:
+        """Count a segment."""
+        self.num_bytes += num_bytes
+        self.seconds += seconds
+
+
 def total(counters: Iterable[HandoffCounters]) -> HandoffCounters:
     """Add up what several ends have counted."""
     counted = list(counters)

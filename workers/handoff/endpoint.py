@@ -39,9 +39,11 @@ class Endpoint:
         store: Its ``gather`` and ``scatter`` are called from the links' threads.
         incarnation: Fresh at every start of the worker.
         wire: Must equal that of the other end.
+        name: Replica id, for people.
     """
 
     transport: Transport
     store: KVStore
     incarnation: str
     wire: WireFormat
+    name: str = ""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
 from antiphon.messages import LinkOffer
-from antiphon.workers.handoff.counters import HandoffCounters, Tally
+from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.receiver_link import ReceiverLink
@@ -66,7 +66,7 @@ class HandoffReceiver:
         self._watchdog = threading.Thread(target=self._watch, name="handoff-watchdog", daemon=True)
         self._watchdog.start()
 
-    def offer(self, peer_incarnation: str) -> LinkOffer:
+    def offer(self, peer_incarnation: str, peer_name: str = "") -> LinkOffer:
         """Say how a prefill worker reaches this one; a fresh link after a break.
 
         Raises:
@@ -81,7 +81,9 @@ class HandoffReceiver:
             link = self._current.pop(peer_incarnation, None)
             if link is None:
                 evicted = self._make_room()
-                link = ReceiverLink(self._endpoint, self, uuid.uuid4().hex, peer_incarnation)
+                link = ReceiverLink(
+                    self._endpoint, self, uuid.uuid4().hex, (peer_incarnation, peer_name)
+                )
                 self._links[link.link_id] = link
             self._current[peer_incarnation] = link
         if evicted is not None:
@@ -93,6 +95,7 @@ class HandoffReceiver:
             receiver_incarnation=self._endpoint.incarnation,
             wire_fingerprint=self._endpoint.wire.fingerprint,
             segment_bytes=self.limits.segment_bytes,
+            receiver_name=self._endpoint.name,
         )
 
     def expect(
@@ -131,7 +134,7 @@ class HandoffReceiver:
             self._changed.notify_all()
             return transfer
 
-    def prewarm(self, peer_incarnation: str) -> LinkOffer | None:
+    def prewarm(self, peer_incarnation: str, peer_name: str = "") -> LinkOffer | None:
         """Offer a link and wait for its sender before a transfer needs it.
 
         Returns:
@@ -145,7 +148,7 @@ class HandoffReceiver:
             has_link = peer_incarnation in self._current
             if has_link or len(self._links) >= self.limits.max_links:
                 return None
-        offer = self.offer(peer_incarnation)
+        offer = self.offer(peer_incarnation, peer_name)
         with self._lock:
             if link := self._links.get(offer.link_id):
                 link.ensure_started()
@@ -191,6 +194,18 @@ class HandoffReceiver:
         """Links that are offered or open."""
         with self._lock:
             return len(self._links)
+
+    def link_counts(self) -> list[LinkCounts]:
+        """What each link has carried."""
+        with self._lock:
+            return [link.counts for link in self._links.values()]
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Staging of links that were given up, which their peers may still write to."""
+        with self._lock:
+            given_up = self._links.keys() - {link.link_id for link in self._current.values()}
+            return sum(self._links[link_id].staging_bytes for link_id in given_up)
 
     @property
     def num_pending(self) -> int:

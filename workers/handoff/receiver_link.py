@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from antiphon.errors import HandoffError, LinkBrokenError, SegmentRejectedError
+from antiphon.workers.handoff.counters import LinkCounts
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.handshake import answer
 from antiphon.workers.handoff.incoming import Incoming
@@ -30,21 +31,27 @@ class ReceiverLink:
     """Offered, then connected, then broken; never reused."""
 
     def __init__(
-        self, endpoint: Endpoint, receiver: "HandoffReceiver", link_id: str, peer_incarnation: str
+        self, endpoint: Endpoint, receiver: "HandoffReceiver", link_id: str, peer: tuple[str, str]
     ) -> None:
         self.link_id = link_id
-        self.peer_incarnation = peer_incarnation
+        self.peer_incarnation, peer_name = peer
+        self.counts = LinkCounts(peer_name or self.peer_incarnation, "received")
         self.transfers: dict[str, Incoming] = {}  # guarded by the receiver's lock
         self.is_closing = False
         self._endpoint = endpoint
         self._receiver = receiver
-        self._epochs = Epochs.of(peer_incarnation, endpoint.incarnation)
+        self._epochs = Epochs.of(self.peer_incarnation, endpoint.incarnation)
         self._staging = Staging(
             endpoint.store, endpoint.transport.place, receiver.tally.staging_resized
         )
         self._lock = threading.Lock()
         self._link: Link | None = None
         self._thread: threading.Thread | None = None
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory that the sender's next messages land in."""
+        return self._staging.num_bytes
 
     def ensure_started(self) -> None:
         """Start to accept and read: when a transfer is expected, or to prewarm the link."""
@@ -176,5 +183,6 @@ class ReceiverLink:
         if discarded is None:
             seconds = time.perf_counter() - began
             self._receiver.tally.segment(payload.numel(), seconds)
+            self.counts.add(payload.numel(), seconds)
         else:
             self._receiver.tally.discarded(discarded)

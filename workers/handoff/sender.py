@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
 from antiphon.messages import LinkOffer
-from antiphon.workers.handoff.counters import HandoffCounters, Tally
+from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.outgoing import NOT_TOLD, Computed, Outgoing
 from antiphon.workers.handoff.segment import MAX_PAYLOAD_BYTES
@@ -147,6 +147,16 @@ class HandoffSender:
         """Links that are open or being made."""
         with self._lock:
             return len(self._links)
+
+    def link_counts(self) -> list[LinkCounts]:
+        """What each link has carried."""
+        with self._lock:
+            return [link.counts for link in self._links.values()]
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """None: nobody else writes to a sender's staging."""
+        return 0
 
     def close(self) -> None:
         """Break all links; ends open transfers with ``LinkBrokenError``."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from antiphon.errors import HandoffError, LinkBrokenError
 from antiphon.messages import LinkOffer
-from antiphon.workers.handoff.counters import Tally
+from antiphon.workers.handoff.counters import LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.handshake import greet
 from antiphon.workers.handoff.outgoing import (
@@ -68,6 +68,7 @@ class SenderLink:
     ) -> None:
         self.offer = offer
         self.is_left = False  # guarded by the sender's lock: to be closed once it is idle
+        self.counts = LinkCounts(offer.receiver_name or offer.address, "sent")
         self.transfers: dict[str, Outgoing] = {}  # oldest first; the sender removes what ended
         self._endpoint = endpoint
         self._timeout_seconds = limits.timeout_seconds
@@ -241,6 +242,7 @@ class SenderLink:
             transfer.num_bytes += flight.num_payload_bytes
             transfer.busy_seconds += seconds
             self._tally.sent(flight.num_payload_bytes, seconds)
+            self.counts.add(flight.num_payload_bytes, seconds)
         elif message.kind is Kind.END:
             self._tally.completed(0.0)
             self._on_end(self, transfer, None)

@@ -1,0 +1,104 @@
+"""Where Prometheus finds every process: HTTP service discovery, and each ingress's own port.
+
+Serve's proxy sends a request to any ingress, so what ``/metrics`` answers through it is that of one
+of them, now this and now that. To be scraped, each has a port of its own. Which others there are an
+ingress asks all of them, through Serve, when it is asked itself: there is no second list to go
+stale. While some do not answer, those that did before stay listed, so that ``up`` shows them.
+Workers are those that Serve lists, connected or not, for the same reason.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+from aiohttp import web
+
+from antiphon.messages import WorkerCard
+
+logger = logging.getLogger(__name__)
+
+ASK_SECONDS = 2.0  # for all ingresses to answer; Prometheus itself waits 10
+
+
+class IngressAddress(msgspec.Struct, frozen=True):
+    """Where one ingress is scraped."""
+
+    replica_id: str
+    node: str
+    host_port: str
+
+
+class MetricsServer:
+    """Serves ``/metrics`` of this process on a free port."""
+
+    def __init__(self, render: Callable[[], bytes]) -> None:
+        self._render = render
+        self._runner: web.AppRunner | None = None
+
+    async def listen(self, host: str) -> str:
+        """Take a port; return where it is, ``host:port``."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._serve)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, 0).start()
+        return f"{host}:{self._runner.addresses[0][1]}"
+
+    async def close(self) -> None:
+        """Give the port back."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _serve(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._render(), content_type="text/plain", charset="utf-8")
+
+
+AskAll = Callable[[float], Awaitable[Sequence[Any]]]
+
+
+class Siblings:
+    """All ingresses of this application.
+
+    Args:
+        own: This one.
+        ask_all: Calls every ingress, this one too, for so many seconds; gives ``IngressAddress`` as
+            built-ins, or an exception, for each.
+    """
+
+    def __init__(self, own: IngressAddress, ask_all: AskAll) -> None:
+        self._own = own
+        self._ask_all = ask_all
+        self._known: dict[str, IngressAddress] = {}
+
+    async def addresses(self) -> list[IngressAddress]:
+        """Ask them; bounded by ``ASK_SECONDS``."""
+        answers: Sequence[Any] = ()
+        try:
+            async with asyncio.timeout(ASK_SECONDS):
+                answers = await self._ask_all(ASK_SECONDS)
+        except Exception as error:
+            logger.warning("the other ingresses cannot be asked for their metrics: %r", error)
+        told = [msgspec.convert(a, IngressAddress) for a in answers if isinstance(a, dict)]
+        if not answers or len(told) < len(answers):
+            logger.warning("%d of %d ingresses say where they are scraped", len(told), len(answers))
+        else:
+            self._known = {}
+        self._known.update({address.replica_id: address for address in (*told, self._own)})
+        return list(self._known.values())
+
+
+def discovered(
+    ingresses: Iterable[IngressAddress], workers: Iterable[WorkerCard]
+) -> list[dict[str, Any]]:
+    """The answer to Prometheus' HTTP service discovery: each process once."""
+    targets = [_target(x.host_port, "ingress", x.replica_id, x.node) for x in ingresses]
+    targets += [_target(urlsplit(c.url).netloc, c.role, c.replica_id, c.node) for c in workers]
+    return sorted(targets, key=lambda target: (target["labels"]["pool"], target["targets"]))
+
+
+def _target(host_port: str, pool: str, replica_id: str, node: str) -> dict[str, Any]:
+    labels = {"__metrics_path__": "/metrics", "pool": pool, "worker": replica_id, "node": node}
+    return {"targets": [host_port], "labels": labels}

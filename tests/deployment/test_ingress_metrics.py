@@ -1,0 +1,177 @@
+"""What an ingress counts: every request once, by what its client saw; latencies and targets."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from scripted_backend import CharTokenizer, Gate, ScriptedBackend, says, serving
+
+from antiphon.config import RouterConfig
+from antiphon.deployment.http_app import create_app
+from antiphon.deployment.http_metrics import RequestMetricsMiddleware
+from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.journey import Journey
+from antiphon.errors import WorkerBusyError, WorkerLostError
+from antiphon.messages import RequestTiming
+
+OUTCOMES = "antiphon_requests_total"
+
+
+def outcomes(metrics: IngressMetrics) -> dict[str, float]:
+    (family,) = (f for f in metrics.registry.collect() if f.name == "antiphon_requests")
+    return {s.labels["outcome"]: s.value for s in family.samples if s.name == OUTCOMES}
+
+
+@contextlib.contextmanager
+def endpoint(backend: ScriptedBackend, metrics: IngressMetrics) -> Iterator[httpx.Client]:
+    app = create_app(backend, CharTokenizer(), max_concurrent_requests=2, metrics=metrics)
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+def body(**more: object) -> dict[str, object]:
+    return {"model": "org/tiny", "prompt": "abc", **more}
+
+
+def wait_until_over(metrics: IngressMetrics) -> None:
+    deadline = time.monotonic() + 10
+    while metrics.count("antiphon_requests_in_progress"):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("script", "request_body", "status", "outcome"),
+    [
+        ([says("hi", "stop")], body(), 200, "stop"),
+        ([says("hi", "length")], body(stream=True), 200, "length"),
+        ([says("hi", "stop")], body(n=2), 200, "stop"),
+        ([says("hi there"), Gate()], body(stop=["hi"]), 200, "stop"),
+        ([says("hi")], body(temperature=7), 400, "invalid"),
+        ([says("hi")], body(prompt="a" * 200), 400, "invalid"),
+        ([says("hi")], body(model="gpt-9"), 404, "invalid"),
+        ([WorkerBusyError("full")], body(stream=True), 503, "busy"),
+        ([says("hi")], body(n=3), 400, "invalid"),
+        ([WorkerLostError("gone")], body(), 502, "failed"),
+        ([RuntimeError("a fault")], body(), 500, "failed"),
+    ],
+)
+def test_each_request_is_counted_once(
+    script: list, request_body: dict, status: int, outcome: str
+) -> None:
+    backend, metrics = ScriptedBackend(), IngressMetrics()
+    backend.plays(*script)
+    with endpoint(backend, metrics) as client:
+        assert client.post("/v1/completions", json=request_body).status_code == status
+        wait_until_over(metrics)
+        assert client.get("/v1/models").status_code == 200  # is no generation request
+        assert client.get("/v1/completions").status_code == 405
+    assert outcomes(metrics) == {outcome: 1}
+    finished = int(outcome in ("stop", "length"))
+    assert metrics.count("antiphon_e2e_request_latency_seconds_count") == finished
+    assert metrics.count("antiphon_request_prompt_tokens_sum") == 3 * finished
+
+
+def test_an_error_in_a_stream_is_a_failure() -> None:
+    backend, metrics, gate = ScriptedBackend(), IngressMetrics(), Gate()
+    backend.plays(says("hi"), gate, WorkerLostError("gone"))
+    with endpoint(backend, metrics) as client:
+        with client.stream("POST", "/v1/completions", json=body(stream=True)) as answer:
+            assert answer.status_code == 200
+            for _ in answer.iter_lines():
+                gate.open()
+        wait_until_over(metrics)
+    assert outcomes(metrics) == {"failed": 1}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_counted_as_aborted(stream: bool) -> None:
+    backend, metrics, gate = ScriptedBackend(), IngressMetrics(), Gate()
+    backend.plays(says("hi"), gate, says("!", "stop"))
+    with endpoint(backend, metrics) as client:
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            client.stream(
+                "POST", "/v1/completions", json=body(stream=stream), timeout=0.3
+            ) as answer,
+        ):
+            answer.read()
+        wait_until_over(metrics)
+        gate.open()
+    assert outcomes(metrics) == {"aborted": 1}
+
+
+@pytest.mark.parametrize(
+    ("noted", "outcome"), [({}, "aborted"), ({"antiphon.outcome": "stop"}, "stop")]
+)
+def test_serve_cancels_a_request_whose_client_has_gone(noted: dict, outcome: str) -> None:
+    metrics = IngressMetrics()
+
+    async def never(scope, receive, send) -> None:
+        scope.update(noted)
+        await asyncio.sleep(60)
+
+    async def scenario() -> None:
+        middleware = RequestMetricsMiddleware(never, metrics)
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        serving_it = asyncio.create_task(middleware(scope, None, None))
+        await asyncio.sleep(0)
+        serving_it.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await serving_it
+
+    asyncio.run(scenario())
+    assert outcomes(metrics) == {outcome: 1}
+    assert metrics.count("antiphon_requests_in_progress") == 0
+
+
+def travelled(ttft: float, gaps: list[float]) -> tuple[IngressMetrics, Journey]:
+    """A choice's tokens, one by one, under targets of 1 and 0.1 s."""
+    metrics = IngressMetrics(RouterConfig(target_ttft_seconds=1.0, target_itl_seconds=0.1))
+    journey = Journey(arrived_at=100.0)
+    journey.timing, journey.first_sent_at = RequestTiming("local", queue=ttft), 100.0
+    now = 100.0 + ttft
+    for gap in (0.0, *gaps):
+        now += gap
+        metrics.tokens_left(journey, 1, now)
+    metrics.choice_ended(journey)
+    return metrics, journey
+
+
+@pytest.mark.parametrize(
+    ("ttft", "gaps", "met"),
+    [
+        (0.9, [0.05, 0.12], "both"),  # the mean counts
+        (0.9, [], "both"),
+        (0.9, [0.3], "itl_missed"),
+        (1.1, [0.05], "ttft_missed"),
+        (1.1, [0.3], "neither"),
+    ],
+)
+def test_goodput(ttft: float, gaps: list[float], met: str) -> None:
+    metrics, _ = travelled(ttft, gaps)
+    assert metrics.count("antiphon_requests_by_target_total", met=met) == 1
+    assert metrics.count("antiphon_target_seconds", target="itl") == 0.1
+    assert metrics.count("antiphon_inter_token_latency_seconds_count") == len(gaps)
+    assert metrics.count("antiphon_time_to_first_token_seconds_sum", path="local") == pytest.approx(
+        ttft
+    )
+    parts = "antiphon_time_to_first_token_part_seconds_sum"
+    assert metrics.count(parts, part="submit") == pytest.approx(ttft)
+
+
+def test_no_target_no_goodput() -> None:
+    metrics = IngressMetrics()
+    metrics.choice_ended(Journey(0.0))
+    assert b"antiphon_requests_by_target_total{" not in metrics.render()
+    assert b"antiphon_target_seconds{" not in metrics.render()
+
+
+def test_tokens_that_leave_together_share_their_gap() -> None:
+    metrics, journey = travelled(0.5, [0.1])
+    metrics.tokens_left(journey, 4, journey.last_token_at + 0.4)
+    assert metrics.count("antiphon_inter_token_latency_seconds_count") == 5
+    assert metrics.count("antiphon_inter_token_latency_seconds_sum") == pytest.approx(0.5)

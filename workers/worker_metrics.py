@@ -1,0 +1,81 @@
+"""What a worker counts as it happens, beside what is read of its engine and its links."""
+
+from antiphon.messages import WorkerCard
+from antiphon.metrics import Metrics
+
+
+class WorkerMetrics(Metrics):
+    """One worker's metrics; counted on its event loop."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__(role)
+        self._requests = self.counter(
+            "antiphon_worker_requests", "Requests to generate that ended here.", "outcome"
+        )
+        self._fallbacks = self.counter(
+            "antiphon_prefill_fallbacks",
+            "Prompts computed by the decode worker because the prefill pool failed.",
+            "reason",
+        )
+        self._prefill_attempts = self.counter(
+            "antiphon_prefill_attempts", "Prefill workers asked for a prompt.", "outcome"
+        )
+        self._refusals = self.counter(
+            "antiphon_worker_refusals", "Requests refused here for want of room.", "reason"
+        )
+        self._prewarm_failures = self.counter(
+            "antiphon_handoff_prewarm_failures",
+            "Links that could not be made before a request wanted them.",
+            "reason",
+        )
+        self._received_tokens = self.counter(
+            "antiphon_received_tokens", "Prompt tokens whose KV came over a link."
+        ).labels(role)
+        self._transfer_seconds = self.histogram(
+            "antiphon_handoff_transfer_seconds",
+            "From a complete transfer's first segment to its end, most of it beside the computing.",
+        )
+        self._draining = self.gauge(
+            "antiphon_draining", "1 if the worker takes nothing new and will stop."
+        ).labels(role)
+        self._info = self.gauge(
+            "antiphon_worker_info", "Who this is; 1.", "worker", "incarnation", "node", "model",
+            "version",
+        )  # fmt: skip
+
+    def introduce(self, card: WorkerCard, model: str, version: str) -> None:
+        """Say who this is."""
+        labels = (card.replica_id, card.incarnation, card.node, model, version)
+        self._info.labels(self.role, *labels).set(1)
+
+    def request_ended(self, outcome: str) -> None:
+        """By how a request ended: a finish reason, aborted, refused, moved or failed."""
+        self._requests.labels(self.role, outcome).inc()
+
+    def fell_back(self, reason: str) -> None:
+        """The decode worker has to compute a prompt itself."""
+        self._fallbacks.labels(self.role, reason).inc()
+
+    def prefill_attempt(self, outcome: str) -> None:
+        """How one prefill worker answered for one prompt."""
+        self._prefill_attempts.labels(self.role, outcome).inc()
+
+    def received(self, num_tokens: int) -> None:
+        """KV of so many tokens came, be the transfer complete or not."""
+        self._received_tokens.inc(num_tokens)
+
+    def transferred(self, seconds: float) -> None:
+        """A transfer is complete."""
+        self._transfer_seconds.observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        """A request was refused as busy."""
+        self._refusals.labels(self.role, reason).inc()
+
+    def prewarm_failed(self, reason: str) -> None:
+        """A link could not be made before a request wanted it."""
+        self._prewarm_failures.labels(self.role, reason).inc()
+
+    def drain(self) -> None:
+        """The worker takes nothing new from now on."""
+        self._draining.set(1)
