@@ -5,12 +5,11 @@ import os
 import re
 import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
-from processes import Product, sample_sum, wait_for
+from processes import Product, wait_for
 from real_model import MAX_TOKENS, assert_equal_tokens, prompts
 
 from antiphon.config import DEFAULT_MODEL
@@ -101,37 +100,6 @@ def assert_same_text(
         return
     # Only a near-tie of fp32 may differ, which is judged on tokens.
     assert_equal_tokens(folder, tokenizer.encode(prompt), tokenizer.encode(text))
-
-
-def test_every_process_is_scraped_once_and_nothing_is_counted_twice(
-    product: Product, client: openai.OpenAI
-) -> None:
-    """Two ingresses share the requests; the sums over all targets are those of the clients."""
-
-    def targets() -> dict[str, str]:
-        return {t["targets"][0]: t["labels"]["pool"] for t in product.get("/metrics/targets")}
-
-    known = targets()
-    assert sorted(known.values()) == ["decode", "ingress", "ingress", "prefill"]
-    assert all(targets() == known for _ in range(8)), "each ingress must name all of them"
-
-    def total(name: str, **labels: str) -> float:
-        return sum(sample_sum(host_port, name, **labels) for host_port in known)
-
-    names = {"antiphon_requests_total", "antiphon_worker_requests_total"}
-    names |= {"antiphon_generation_tokens_total", "antiphon_request_generation_tokens_sum"}
-    names |= {"antiphon_time_to_first_token_seconds_count"}
-    before = {name: total(name) for name in names}
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(lambda index: complete(client, f"Number {index}.", 4), range(6)))
-    added = {name: total(name) - before[name] for name in names}
-    num_tokens = added["antiphon_generation_tokens_total"]
-    assert added["antiphon_request_generation_tokens_sum"] == num_tokens
-    del added["antiphon_generation_tokens_total"], added["antiphon_request_generation_tokens_sum"]
-    assert set(added.values()) == {6}
-    whole = total("antiphon_time_to_first_token_seconds_sum")
-    parts = total("antiphon_time_to_first_token_part_seconds_sum")
-    assert parts == pytest.approx(whole)
 
 
 def test_chat_with_usage_stop_and_models(client: openai.OpenAI) -> None:

@@ -1,14 +1,15 @@
-"""Other ways in: Serve's own command with an import path, colocated workers, and mistakes."""
+"""Other ways in: Serve's own command, two ingresses over colocated workers, and mistakes."""
 
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
 import yaml
-from processes import Product, free_port, wait_for
+from processes import Product, free_port, sample_sum, wait_for
 from tiny_folder import save_tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -24,6 +25,8 @@ def test_serve_run_with_a_config_file_a_local_folder_and_colocated_workers(
         "prefill": {"replicas": 0},
         "decode": {"replicas": 0},
         "colocated": {"replicas": 2, "num_cpus": 0.5},
+        "http": {"ingress_replicas": 2},
+        "metrics": {"vllm_names": True},
     }
     application = {
         "name": "antiphon",
@@ -36,15 +39,51 @@ def test_serve_run_with_a_config_file_a_local_folder_and_colocated_workers(
     product = Product(["serve", "run", "serve.yaml"], port, tmp_path)
     try:
         product.wait_until_ready()
-        wait_for(lambda: len(product.workers("colocated")) == 2, 60)
+        # Both ingresses know both workers.
+        wait_for(lambda: product.metric("antiphon_router_workers", pool="colocated") == 4, 60)
         client = openai.OpenAI(base_url=f"{product.url}/v1", api_key="none", max_retries=0)
         answer = client.chat.completions.create(
             model="mine", messages=[{"role": "user", "content": "Hello"}], max_tokens=5
         )
         assert answer.usage is not None
         assert 1 <= answer.usage.completion_tokens <= 5
+        every_process_is_scraped_once_and_nothing_is_counted_twice(product, client)
     finally:
         product.stop()
+
+
+def every_process_is_scraped_once_and_nothing_is_counted_twice(
+    product: Product, client: openai.OpenAI
+) -> None:
+    """The ingresses share requests; the sums over all targets are those of the clients."""
+
+    def targets() -> dict[str, str]:
+        return {t["targets"][0]: t["labels"]["pool"] for t in product.get("/metrics/targets")}
+
+    known = targets()
+    assert sorted(known.values()) == ["colocated", "colocated", "ingress", "ingress"]
+    assert all(targets() == known for _ in range(8)), "each ingress must name all of them"
+
+    def total(name: str, **labels: str) -> float:
+        return sum(sample_sum(host_port, name, **labels) for host_port in known)
+
+    def ask(index: int) -> int:
+        prompt = f"Number {index}."
+        answer = client.completions.create(model="mine", prompt=prompt, max_tokens=4)
+        assert answer.usage is not None
+        return answer.usage.completion_tokens
+
+    names = ["antiphon_requests_total", "antiphon_worker_requests_total"]
+    names += ["antiphon_time_to_first_token_seconds_count", "antiphon_router_decisions_total"]
+    tokens = ["antiphon_generation_tokens_total", "antiphon_request_generation_tokens_sum"]
+    before = {name: total(name) for name in names + tokens}
+    with ThreadPoolExecutor(6) as pool:
+        num_tokens = sum(pool.map(ask, range(6)))
+    added = {name: total(name) - before[name] for name in names + tokens}
+    assert added == dict.fromkeys(names, 6) | dict.fromkeys(tokens, num_tokens)
+    whole = total("antiphon_time_to_first_token_seconds_sum")
+    assert total("antiphon_time_to_first_token_part_seconds_sum") == pytest.approx(whole)
+    assert total("vllm:cache_config_info", model_name="mine") == 4
 
 
 def run_antiphon(*arguments: str) -> subprocess.CompletedProcess[str]:
