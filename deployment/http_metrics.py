@@ -53,7 +53,8 @@ class RequestMetricsMiddleware:
 
 
 def _generates(scope: Scope) -> bool:
-    return scope["method"] == "POST" and scope["path"] in GENERATION_PATHS
+    path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve's route prefix
+    return scope["method"] == "POST" and path in GENERATION_PATHS
 
 
 def _outcome_of(status: int) -> str:

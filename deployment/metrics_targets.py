@@ -76,12 +76,13 @@ class Siblings:
     async def addresses(self) -> list[IngressAddress]:
         """Ask them; bounded by ``ASK_SECONDS``."""
         answers: Sequence[Any] = ()
+        told: list[IngressAddress] = []
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 answers = await self._ask_all(ASK_SECONDS)
+            told = [msgspec.convert(a, IngressAddress) for a in answers if isinstance(a, dict)]
         except Exception as error:
             logger.warning("the other ingresses cannot be asked for their metrics: %r", error)
-        told = [msgspec.convert(a, IngressAddress) for a in answers if isinstance(a, dict)]
         if not answers or len(told) < len(answers):
             logger.warning("%d of %d ingresses say where they are scraped", len(told), len(answers))
         else:

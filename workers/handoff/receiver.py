@@ -15,30 +15,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.incoming import Incoming
-from antiphon.workers.handoff.receiver_link import ReceiverLink
+from antiphon.workers.handoff.receiver_link import ReceiverLimits, ReceiverLink
 from antiphon.workers.handoff.segment import SenderAccount
+
+__all__ = ["HandoffReceiver", "ReceiverLimits"]
 
 _IDLE_SECONDS = 60.0  # an idle watchdog looks around this often, though it is always notified
 
 OnComplete = Callable[[str, int, HandoffError | None], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiverLimits:
-    """Bounds of a ``HandoffReceiver``."""
-
-    timeout_seconds: float = 60.0  # from expect to END
-    io_timeout_seconds: float = 10.0  # for the handshake; for a payload beside its header
-    max_pending: int = 32
-    max_links: int = 64
-    segment_bytes: int = 4 << 20  # the largest payload; a link stages two
 
 
 class HandoffReceiver:

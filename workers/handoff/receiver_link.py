@@ -10,6 +10,7 @@ header that can't be trusted breaks the link.
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -25,6 +26,17 @@ from antiphon.workers.handoff.transport import Link
 
 if TYPE_CHECKING:
     from antiphon.workers.handoff.receiver import HandoffReceiver
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverLimits:
+    """Bounds of a ``HandoffReceiver``."""
+
+    timeout_seconds: float = 60.0  # from expect to END
+    io_timeout_seconds: float = 10.0  # for the handshake; for a payload beside its header
+    max_pending: int = 32
+    max_links: int = 64
+    segment_bytes: int = 4 << 20  # the largest payload; a link stages two
 
 
 class ReceiverLink:
