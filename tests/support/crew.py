@@ -119,7 +119,7 @@ class Crew:
             each.prefill._sender if each.card.role is Role.PREFILL else each.generate.receiver
             for each in self.workers
         ]
-        await until(lambda: all(end.counters().links_made == 2 for end in ends))
+        await until(lambda: all(end.counters().links_made >= 2 for end in ends))
 
     async def unmake_links(self) -> None:
         """Break the idle links of the preferred prefill worker, so that requests make new ones."""
