@@ -81,7 +81,7 @@ class ClusterBackend:
         self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
         self._kept: set[str] = set()  # incarnations that a task holds a session with
         self._tasks: set[asyncio.Task[None]] = set()
-        metrics.registry.register(ClusterCollector(self._view))
+        metrics.registry.register(ClusterCollector(self._view, needed_roles))
 
     @property
     def max_context_tokens(self) -> int:

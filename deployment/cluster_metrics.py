@@ -5,7 +5,7 @@ A worker's samples are gone as soon as it is: nothing is kept but what the view 
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -19,16 +19,21 @@ _ROLE = "ingress"
 
 
 class ClusterCollector(Collector):
-    """Renders a view of the cluster; on the event loop that changes it."""
+    """Renders a view of the cluster; on the event loop that changes it.
 
-    def __init__(self, view: ClusterView) -> None:
+    Args:
+        pools: Those that are configured: a pool without a worker counts 0, another is not there.
+    """
+
+    def __init__(self, view: ClusterView, pools: Iterable[Role]) -> None:
         self._view = view
+        self._pools = tuple(pools)
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family after the other."""
         now = time.monotonic()
         views = self._view.views
-        pools: Counter[str] = Counter({role.value: 0 for role in Role})
+        pools: Counter[str] = Counter({role.value: 0 for role in self._pools})
         pools.update(view.card.role.value for view in views)
         yield gauge_family(
             "antiphon_router_workers",

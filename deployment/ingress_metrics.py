@@ -6,6 +6,7 @@ that came to its end once, by ``choice_ended``.
 
 from antiphon.config import RouterConfig
 from antiphon.deployment.journey import Journey
+from antiphon.messages import Role
 from antiphon.metrics import MICROSECONDS, RATIOS, TOKENS, Metrics
 
 _FINISHED = ("stop", "length")
@@ -28,7 +29,10 @@ class IngressMetrics(Metrics):
 
     def _make_request_metrics(self) -> None:
         self._requests = self.counter(
-            "antiphon_requests", "Generation requests over HTTP, by outcome.", "outcome"
+            "antiphon_requests",
+            "Generation requests over HTTP, by outcome.",
+            "outcome",
+            values=(*_FINISHED, "aborted", "invalid", "busy", "failed"),
         )
         self._in_progress = self.gauge(
             "antiphon_requests_in_progress", "Generation requests that have not ended."
@@ -66,11 +70,13 @@ class IngressMetrics(Metrics):
             "antiphon_refusals",
             "Times that workers refused a request, by what they said.",
             "reason",
+            values=("busy", "draining"),
         )
         self._replays = self.counter(
             "antiphon_replays",
             "Requests that went on at another worker after theirs was lost.",
             "reason",
+            values=("lost", "moved"),
         )
         self._decisions = self.counter(
             "antiphon_router_decisions", "Requests sent to workers, by why there.", "reason"
@@ -98,13 +104,16 @@ class IngressMetrics(Metrics):
             "antiphon_router_sessions_lost",
             "Sessions that ended while Serve listed the worker.",
             "pool",
+            values=tuple(Role),
         )
 
     def _make_targets(self) -> None:
+        has_targets = self._ttft_target is not None or self._itl_target is not None
         self._by_target = self.counter(
             "antiphon_requests_by_target",
             "Choices that ended with stop or length, by the wanted latencies that they met.",
             "met",
+            values=("both", "ttft_missed", "itl_missed", "neither") if has_targets else (),
         )
         targets = self.gauge("antiphon_target_seconds", "Wanted latencies.", "target")
         for name, seconds in (("ttft", self._ttft_target), ("itl", self._itl_target)):

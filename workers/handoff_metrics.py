@@ -8,7 +8,7 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from antiphon.metrics import Values, counter_family, gauge_family
-from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, total
+from antiphon.workers.handoff.counters import DISCARD_REASONS, HandoffCounters, LinkCounts, total
 
 
 class HandoffEnd(Protocol):
@@ -58,11 +58,12 @@ class HandoffCollector(Collector):
             "links_broken": ("Links that broke.", counts.broken_links),
         }.items():
             yield counter_family(f"antiphon_handoff_{name}", text, ["role"], self._alone(value))
+        discarded = {**dict.fromkeys(DISCARD_REASONS, 0), **counts.discarded_segments}
         yield counter_family(
             "antiphon_handoff_discarded_segments",
             "Messages thrown away.",
             ["role", "reason"],
-            {(self._role, reason): n for reason, n in counts.discarded_segments.items()},
+            {(self._role, reason): count for reason, count in discarded.items()},
         )
         for name, (text, value) in {
             "links": (

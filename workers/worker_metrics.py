@@ -2,6 +2,7 @@
 
 from antiphon.messages import WorkerCard
 from antiphon.metrics import Metrics
+from antiphon.workers.prefill_client import Outcome
 
 
 class WorkerMetrics(Metrics):
@@ -10,23 +11,37 @@ class WorkerMetrics(Metrics):
     def __init__(self, role: str) -> None:
         super().__init__(role)
         self._requests = self.counter(
-            "antiphon_worker_requests", "Requests to generate that ended here.", "outcome"
+            "antiphon_worker_requests",
+            "Requests to generate that ended here.",
+            "outcome",
+            values=("stop", "length", "aborted", "refused", "failed", "moved"),
         )
         self._fallbacks = self.counter(
             "antiphon_prefill_fallbacks",
             "Prompts computed by the decode worker because the prefill pool failed.",
             "reason",
+            values=(
+                *(outcome for outcome in Outcome if outcome is not Outcome.COMPLETE),
+                "shunned",
+            ),
         )
         self._prefill_attempts = self.counter(
-            "antiphon_prefill_attempts", "Prefill workers asked for a prompt.", "outcome"
+            "antiphon_prefill_attempts",
+            "Prefill workers asked for a prompt.",
+            "outcome",
+            values=tuple(Outcome),
         )
         self._refusals = self.counter(
-            "antiphon_worker_refusals", "Requests refused here for want of room.", "reason"
+            "antiphon_worker_refusals",
+            "Requests refused here for want of room.",
+            "reason",
+            values=("queue_full", "no_headroom", "draining"),
         )
         self._prewarm_failures = self.counter(
             "antiphon_handoff_prewarm_failures",
             "Links that could not be made before a request wanted them.",
             "reason",
+            values=("LinkBrokenError",),
         )
         self._received_tokens = self.counter(
             "antiphon_received_tokens", "Prompt tokens whose KV came over a link."

@@ -5,7 +5,7 @@ a label with a worker or a link in it is dropped when that is gone.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
@@ -83,9 +83,16 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.role = role
 
-    def counter(self, name: str, text: str, *labels: str) -> Counter:
-        """Make a counter; ``name`` is without ``_total``."""
-        return Counter(name, text, ["role", *labels], registry=self.registry)
+    def counter(self, name: str, text: str, *labels: str, values: Iterable[str] = ()) -> Counter:
+        """Make a counter; ``name`` is without ``_total``.
+
+        ``values`` are those of its one label that count from 0 on: Prometheus sees no increase in a
+        sample that was not there before.
+        """
+        made = Counter(name, text, ["role", *labels], registry=self.registry)
+        for value in values:
+            made.labels(self.role, value)
+        return made
 
     def gauge(self, name: str, text: str, *labels: str) -> Gauge:
         """Make a gauge."""

@@ -22,7 +22,8 @@ OUTCOMES = "antiphon_requests_total"
 
 def outcomes(metrics: IngressMetrics) -> dict[str, float]:
     (family,) = (f for f in metrics.registry.collect() if f.name == "antiphon_requests")
-    return {s.labels["outcome"]: s.value for s in family.samples if s.name == OUTCOMES}
+    counts = {s.labels["outcome"]: s.value for s in family.samples if s.name == OUTCOMES}
+    return {outcome: count for outcome, count in counts.items() if count}
 
 
 @contextlib.contextmanager

@@ -128,6 +128,37 @@ def test_a_decode_step_counts_little(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
+@pytest.mark.parametrize(
+    ("side", "name", "labels"),
+    [
+        ("ingress", "antiphon_requests_total", {"outcome": "failed"}),
+        ("ingress", "antiphon_replays_total", {"reason": "lost"}),
+        ("ingress", "antiphon_router_sessions_lost_total", {"pool": "prefill"}),
+        ("decode", "antiphon_prefill_attempts_total", {"outcome": "stalled"}),
+        ("decode", "antiphon_prefill_fallbacks_total", {"reason": "shunned"}),
+        ("decode", "antiphon_handoff_discarded_segments_total", {"reason": "checksum"}),
+    ],
+)
+def test_what_alerts_are_about_counts_from_zero(
+    side: str, name: str, labels: dict[str, str]
+) -> None:
+    """Prometheus sees no increase in a sample that was not there before."""
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        prefill, decode, client = await pair(model)
+        backend = await backend_over(prefill, decode)
+        metrics: Metrics = backend._metrics if side == "ingress" else decode.metrics
+        sample = metrics.registry.get_sample_value(name, {"role": side, **labels})
+        assert sample == 0
+        pools = {"role": "ingress", "pool": "colocated"}
+        workers = backend._metrics.registry.get_sample_value("antiphon_router_workers", pools)
+        assert workers is None, "no such pool is configured"
+        await close(client.session, backend, prefill, decode)
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 def test_labels_of_workers_go_with_them() -> None:
     model = tiny_model("llama")
 

@@ -5,6 +5,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+DISCARD_REASONS = (
+    "unknown_transfer", "duplicate", "stale_epoch", "wrong_link",
+    "checksum", "size", "range", "kind",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class HandoffCounters:
@@ -16,7 +21,7 @@ class HandoffCounters:
     seconds: float = 0.0  # the links were busy with those
     transfers: int = 0  # complete
     tail_seconds: float = 0.0  # receiver: from the last token's KV to the transfers' ends, summed
-    discarded_segments: dict[str, int] = field(default_factory=dict)  # by reason
+    discarded_segments: dict[str, int] = field(default_factory=dict)  # by DISCARD_REASONS
     links_made: int = 0
     prewarmed_links: int = 0  # of those, made before a transfer wanted them
     broken_links: int = 0  # that had been connected, and were not closed by this worker
