@@ -5,15 +5,16 @@ INSTALLED := $(VENV)/.installed
 # One thread per process is the clean unit on a CPU; spinning threads starve whatever shares a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve test test-unit test-kernels test-gpu soak lint bench bench-gpu kernel-report chart reference clean
+.PHONY: serve test test-unit test-kernels test-gpu soak lint bench bench-gpu kernel-report chart dashboards
+.PHONY: reference prometheus clean
 
 serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" passes options
 	@$(BIN)/antiphon serve $(ARGS)
 
-test: $(INSTALLED) lint test-kernels  ## lint, types, and the whole suite
+test: $(INSTALLED) prometheus lint test-kernels  ## lint, types, and the whole suite
 	$(BIN)/pytest -q
 
-test-unit: $(INSTALLED)  ## without the tests that start Ray or compile for other machines' GPUs
+test-unit: $(INSTALLED) prometheus  ## without the tests that start Ray or compile for other machines' GPUs
 	$(BIN)/pytest -q -m "not e2e and not compiler"
 
 # Triton's interpreter and its compiler cannot share a process.
@@ -35,6 +36,12 @@ lint: $(INSTALLED)
 
 chart: $(INSTALLED)  ## write what is generated of the chart: a schema, a table, the golden files
 	PYTHONPATH=tests/support $(BIN)/python tests/helm/refresh.py
+
+dashboards: $(INSTALLED)  ## write the Grafana dashboards into the chart
+	$(BIN)/python tests/support/dashboard_files.py
+
+prometheus:  ## get Prometheus for the tests of rules and dashboards; no root, nothing installed
+	@tests/support/get_prometheus.sh
 
 reference: $(INSTALLED)  ## write docs/configuration.md, the page of every key
 	$(BIN)/python tests/support/configuration_page.py

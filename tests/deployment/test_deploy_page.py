@@ -20,7 +20,14 @@ with warnings.catch_warnings():
     from ray.serve.schema import ServeDeploySchema
 
 PAGES = [
-    ROOT / name for name in ("docs/deploy.md", "docs/configuration.md", "helm/antiphon/README.md")
+    ROOT / name
+    for name in (
+        "docs/deploy.md",
+        "docs/configuration.md",
+        "docs/monitoring.md",
+        "docs/runbooks.md",
+        "helm/antiphon/README.md",
+    )
 ]
 CLUSTER = ROOT / "deployment/ray-cluster.yaml"
 COMMANDS = [words for page in PAGES for words in commands(page.read_text())]
@@ -45,8 +52,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         name, _, anchor = target.partition("#")
         linked = (page.parent / name) if name else page
         assert linked.exists(), target
-        headings = re.findall(r"^#+ (.*)$", linked.read_text() if anchor else "", re.MULTILINE)
+        text = linked.read_text() if anchor else ""
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
         anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+        anchors |= set(re.findall(r'^<a id="(\w+)"></a>$', text, re.MULTILINE))
         assert not anchor or anchor in anchors, target
 
 

@@ -1,0 +1,81 @@
+"""The dashboards are what their source says, and say what a reader needs."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import dashboard_files
+import pytest
+from dashboard_queries import dashboards, metric_names, panel_queries, panels, rules
+
+GRID_COLUMNS = 24
+RUNBOOK_LINK = "${runbooks}#${__value.text}"
+
+
+def test_the_files_are_what_the_source_makes() -> None:
+    written = {path.name: path.read_text() for path in dashboard_files.FOLDER.glob("*")}
+    assert written == dashboard_files.files(), "call `make dashboards`"
+
+
+@pytest.mark.parametrize(("name", "panel"), panels(), ids=lambda value: str(value)[:20])
+def test_every_panel_says_what_it_shows(name: str, panel: dict[str, Any]) -> None:
+    assert panel["title"]
+    assert panel["description"].endswith(".")
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert panel["targets"]
+    for target in panel["targets"]:
+        assert target["datasource"]["uid"] == "${datasource}"
+    if len(panel["targets"]) > 1 and panel["type"] == "timeseries":
+        assert all(target["legendFormat"] for target in panel["targets"])
+
+
+@pytest.mark.parametrize("name", dashboards())
+def test_rows_are_full_and_nothing_overlaps(name: str) -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboards()[name]["panels"]:
+        grid = panel["gridPos"]
+        assert grid.get("x", 0) + grid["w"] <= GRID_COLUMNS, panel["title"]
+        cells = {
+            (grid.get("x", 0) + x, grid["y"] + y)
+            for x in range(grid["w"])
+            for y in range(grid["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+@pytest.mark.parametrize("name", dashboards())
+def test_dashboards_lead_to_each_other_and_to_the_runbooks(name: str) -> None:
+    dashboard = dashboards()[name]
+    assert dashboard["uid"] == f"antiphon-{name}"
+    others, runbooks = dashboard["links"]
+    assert others["tags"] == dashboard["tags"] == ["antiphon"]
+    assert others["keepTime"]
+    assert others["includeVars"]
+    assert runbooks["url"] == "${runbooks}"
+    assert {"datasource", "job", "runbooks"} <= {v["name"] for v in dashboard["templating"]["list"]}
+
+
+def test_a_firing_alert_leads_to_its_runbook() -> None:
+    (table,) = [p for name, p in panels() if name == "on-call" and p["type"] == "table"]
+    (override,) = table["fieldConfig"]["overrides"]
+    assert override["matcher"]["options"] == "alertname"
+    (link,) = override["properties"][0]["value"]
+    assert link["url"] == RUNBOOK_LINK
+
+
+def test_queries_name_metrics_that_exist(readme_metrics: set[str]) -> None:
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    suffixes = ("", "_bucket", "_sum", "_count")
+    known = {name + suffix for name in readme_metrics for suffix in suffixes} | recorded
+    expressions = {query.where: query.expression for query in panel_queries("a", "5m")}
+    expressions |= {str(rule.get("alert", rule.get("record"))): rule["expr"] for rule in rules()}
+    for where, expression in expressions.items():
+        assert metric_names(expression) <= known, where
+
+
+@pytest.fixture
+def readme_metrics() -> set[str]:
+    """The README's table, which a test of its own holds against the code."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    return set(re.findall(r"^\| `(antiphon_\w+)`", text, re.MULTILINE))

@@ -1,0 +1,148 @@
+"""The cases of ``alert_cases`` for what may be behind the symptoms, and all cases together."""
+
+from alert_cases import CAPACITY, D1, D1_ALL, SYMPTOMS, AlertCase, lives, of_ingress, of_worker
+
+LADDER = [
+    AlertCase(
+        "AntiphonPrefillFallbacks",
+        20,
+        of_worker("antiphon_prefill_fallbacks_total", "0+1x30", 'reason="stalled"')
+        | of_worker("antiphon_prefill_attempts_total", "0+9x30", 'outcome="complete"'),
+        of_worker("antiphon_prefill_fallbacks_total", "0+1x30", 'reason="stalled"')
+        | of_worker("antiphon_prefill_attempts_total", "0+99x30", 'outcome="complete"'),
+        {"job": "a"},
+    ),
+    AlertCase(
+        "AntiphonPrefillAttemptsFailing",
+        20,
+        of_worker("antiphon_prefill_attempts_total", "0+2x30", 'outcome="unreachable"')
+        | of_worker("antiphon_prefill_attempts_total", "0+8x30", 'outcome="complete"'),
+        of_worker("antiphon_prefill_attempts_total", "0+1x30", 'outcome="unreachable"')
+        | of_worker("antiphon_prefill_attempts_total", "0+19x30", 'outcome="complete"'),
+        {"job": "a", "outcome": "unreachable"},
+    ),
+    AlertCase(
+        "AntiphonPrefillShunned",
+        12,
+        of_worker("antiphon_prefill_fallbacks_total", "0 0 0 1+1x20", 'reason="shunned"'),
+        of_worker("antiphon_prefill_fallbacks_total", "3x20", 'reason="shunned"'),
+        {"job": "a"},
+    ),
+    AlertCase(
+        "AntiphonReplays",
+        20,
+        of_ingress("antiphon_replays_total", "0x10 8x20", 'reason="lost"'),
+        # Workers that are stopped in order hand over what they have.
+        of_ingress("antiphon_replays_total", "0x10 8x20", 'reason="moved"'),
+        {"job": "a"},
+    ),
+    AlertCase(
+        "AntiphonSessionsLost",
+        20,
+        of_ingress("antiphon_router_sessions_lost_total", "0x8 1 2 3 4x20", 'pool="decode"'),
+        of_ingress("antiphon_router_sessions_lost_total", "0x8 1x30", 'pool="decode"'),
+        {"job": "a", "pool": "decode"},
+    ),
+    AlertCase(
+        "AntiphonWorkersRestarting",
+        40,
+        lives("1x5 stale", "_x8 1x5 stale", "_x16 1x5 stale", "_x24 1x40"),
+        # An update: all workers are replaced, and had lived long.
+        lives("1x30 stale", "1x31 stale", "1x32 stale", "_x31 1x40", "_x32 1x40"),
+        {"job": "a", "pool": "decode"},
+    ),
+    AlertCase(
+        "AntiphonWorkersUnreachable",
+        10,
+        lives("1x20", "1x20") | of_ingress("antiphon_router_workers", "2 1x20", 'pool="decode"'),
+        lives("1x20", "1x20")
+        | of_ingress("antiphon_router_workers", "2 1 1 2x20", 'pool="decode"'),
+        {"job": "a", "pool": "decode"},
+    ),
+]
+
+_PART = 'part="transfer"'
+_TTFT = "antiphon_time_to_first_token_seconds_sum"
+_DISCARDED = "antiphon_handoff_discarded_segments_total"
+
+HANDOFF = [
+    AlertCase(
+        "AntiphonHandoffSlow",
+        25,
+        of_ingress("antiphon_time_to_first_token_part_seconds_sum", "0+3x30", _PART)
+        | of_ingress(_TTFT, "0+10x30", 'path="remote"'),
+        of_ingress("antiphon_time_to_first_token_part_seconds_sum", "0+1x30", _PART)
+        | of_ingress(_TTFT, "0+10x30", 'path="remote"'),
+        {"job": "a"},
+    ),
+    AlertCase(
+        "AntiphonLinksBreaking",
+        20,
+        of_worker("antiphon_handoff_links_broken_total", "0x10 2 4x20"),
+        of_worker("antiphon_handoff_links_broken_total", "0x10 1x20"),
+        D1,
+    ),
+    AlertCase(
+        "AntiphonStagingQuarantined",
+        20,
+        of_worker("antiphon_handoff_quarantined_bytes", "0 4194304x30"),
+        of_worker("antiphon_handoff_quarantined_bytes", "0 4194304x10 0 4194304x20"),
+        D1_ALL,
+    ),
+    AlertCase(
+        "AntiphonSegmentsCorrupt",
+        12,
+        of_worker(_DISCARDED, "0x10 1x20", 'reason="checksum"'),
+        of_worker(_DISCARDED, "0x10 1x20", 'reason="unknown_transfer"'),
+        {**D1, "reason": "checksum"},
+    ),
+    AlertCase(
+        "AntiphonSegmentsDiscarded",
+        20,
+        of_worker(_DISCARDED, "0+10x30", 'reason="unknown_transfer"'),
+        of_worker(_DISCARDED, "0+1x30", 'reason="unknown_transfer"'),
+        {**D1, "reason": "unknown_transfer"},
+    ),
+]
+
+_PREDICTED = "antiphon_router_predicted_time_to_first_token_seconds_total"
+_ACTUAL = "antiphon_router_actual_time_to_first_token_seconds_total"
+
+ROUTER_AND_ENGINE = [
+    AlertCase(
+        "AntiphonTelemetryStale",
+        5,
+        of_ingress("antiphon_router_view_age_seconds", "0 20+60x10", 'worker="d#1"')
+        | of_worker("antiphon_engine_steps_total", "0+100x10"),
+        # An idle worker has nothing to say.
+        of_ingress("antiphon_router_view_age_seconds", "0 20+60x10", 'worker="d#1"')
+        | of_worker("antiphon_engine_steps_total", "100x10"),
+        {"job": "a", "instance": "i:1", "role": "ingress", "worker": "d#1"},
+    ),
+    AlertCase(
+        "AntiphonPredictionBias",
+        50,
+        of_ingress(_PREDICTED, "0+1x60", 'reason="remote"')
+        | of_ingress(_ACTUAL, "0+3x60", 'reason="remote"'),
+        of_ingress(_PREDICTED, "0+2x60", 'reason="remote"')
+        | of_ingress(_ACTUAL, "0+3x60", 'reason="remote"'),
+        {"job": "a"},
+    ),
+    AlertCase(
+        "AntiphonEngineStuck",
+        5,
+        of_worker("antiphon_engine_last_step_age_seconds", "0 0 70+60x10"),
+        of_worker("antiphon_engine_last_step_age_seconds", "0 0 40x10"),
+        D1_ALL,
+        "critical",
+    ),
+    AlertCase(
+        "AntiphonStepFailures",
+        12,
+        of_worker("antiphon_engine_step_failures_total", "0x10 1x20"),
+        of_worker("antiphon_engine_step_failures_total", "1x20"),
+        D1,
+    ),
+]
+
+CASES = SYMPTOMS + CAPACITY + LADDER + HANDOFF + ROUTER_AND_ENGINE

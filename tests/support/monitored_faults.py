@@ -1,0 +1,172 @@
+"""Faults of the monitored system, each of which some alert is about.
+
+They overlap where they can, and are never undone but for what would keep the system from closing:
+the test ends with a system that nobody would want.
+"""
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import aiohttp
+from crew import watch
+from fault_cells import Step
+from faulty_transport import FaultyLink, Message, Send
+from monitored_system import MAX_CHOICES, MonitoredSystem, monitored_system, post
+from pools import Client, until
+
+from antiphon.messages import Role
+from antiphon.workers.batch import Batch
+
+_SLOW_SEND_SECONDS = 0.12
+_SLOW_STEP_SECONDS = 0.02
+_NUM_REPEATS = 60
+_NUM_CUTS, _NUM_REPLAYS = 6, 10
+_LIFE_SECONDS = 8.0  # less than the ten minutes of the rule, more than Prometheus takes to see it
+_HOLD_SECONDS = 90.0  # never what ends a fault
+
+
+class Faults:
+    """What is wrong at the moment, and what makes it so."""
+
+    def __init__(self) -> None:
+        self._is_sending_slowly = False
+        self._corrupts_next = False
+        self._repeats_next = False
+        self._num_received: Counter[FaultyLink] = Counter()
+        self._reader_goes_on = threading.Event()
+        self._reader_goes_on.set()
+        self._engines_go_on = threading.Event()
+
+    def system(self) -> Any:
+        """A running system whose links are at the mercy of these faults."""
+        return monitored_system(self._on_send, self._on_received)
+
+    def release(self) -> None:
+        """Let go of every thread that is held."""
+        self._reader_goes_on.set()
+        self._engines_go_on.set()
+
+    # On the threads of links.
+
+    def _on_send(self, step: Step, link: FaultyLink, message: Message, send: Send) -> None:
+        if self._is_sending_slowly and step in (Step.FIRST, Step.MIDDLE):
+            time.sleep(_SLOW_SEND_SECONDS)
+        if self._corrupts_next and step in (Step.FIRST, Step.MIDDLE):
+            self._corrupts_next = False
+            *others, last = message
+            damaged = last.clone()
+            damaged[-1] ^= 1
+            message = [*others, damaged]
+        send(message)
+        if self._repeats_next and step is Step.END:
+            self._repeats_next = False
+            for _ in range(_NUM_REPEATS):
+                send(message)
+
+    def _on_received(self, link: FaultyLink) -> None:
+        self._num_received[link] += 1
+        if self._num_received[link] > 1:  # a link that has not greeted holds no staging
+            self._reader_goes_on.wait(_HOLD_SECONDS)
+
+    # On the event loop.
+
+    async def strike(self, system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
+        """Make all faults that leave most of the system working."""
+        system.spawn(_overload(system))  # or it would take all requests, since it needs no hand-off
+        await _break_links(system)  # while they are mostly idle, and breaking shuns nobody
+        await self._damage_messages()  # while decode workers still ask this prefill worker
+        await _cut_sessions(system)  # while routers know how busy the other workers are
+        self._is_sending_slowly = True
+        self._reader_goes_on.clear()
+        system.decode[1]._telemetry.publish = lambda: None  # type: ignore[method-assign]
+        system.spawn(_drain_for_ever(system))
+        system.spawn(_ask_too_much(system, session))
+        _fail_a_step(system)
+        await _short_lives(system)
+
+    async def _damage_messages(self) -> None:
+        self._repeats_next = True
+        await until(lambda: not self._repeats_next)
+        self._corrupts_next = True
+        await until(lambda: not self._corrupts_next)
+
+    def hang(self, system: MonitoredSystem) -> None:
+        """Hold every engine that decodes."""
+        for worker in system.decode:
+            worker.engine.call(lambda _: self._engines_go_on.wait(_HOLD_SECONDS))
+
+
+async def _drain_for_ever(system: MonitoredSystem) -> None:
+    await system.prefill[1].drain(_HOLD_SECONDS)
+
+
+async def _overload(system: MonitoredSystem) -> None:
+    """Fill the colocated worker's cache and queue, faster than its slow steps can empty them."""
+    watch(system.colocated, lambda batch: time.sleep(_SLOW_STEP_SECONDS))
+    client = await Client.connect(system.colocated)
+    while True:
+        client.submit([5] * 20, 60)
+        await asyncio.sleep(0.05)
+
+
+async def _ask_too_much(system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
+    """Be refused, again and again."""
+    while True:
+        await asyncio.gather(
+            *(post(session, system.ingresses[0].url, prompt=[7], n=MAX_CHOICES) for _ in range(4))
+        )
+        await asyncio.sleep(0.3)
+
+
+async def _cut_sessions(system: MonitoredSystem) -> None:
+    """Cut them while streams pass, until enough of those went on elsewhere."""
+    first = system.ingresses[0]
+    num_cuts = 0
+    async with asyncio.timeout(_HOLD_SECONDS):
+        while (
+            num_cuts < _NUM_CUTS
+            or first.metrics.count("antiphon_replays_total", reason="lost") < _NUM_REPLAYS
+        ):
+            await asyncio.sleep(0.05)
+            connection = first.backend._connections.get(system.decode[0].card.incarnation)
+            if connection is not None and connection.num_requests:
+                system.proxy.cut()
+                num_cuts += 1
+                await asyncio.sleep(0.3)
+
+
+async def _break_links(system: MonitoredSystem) -> None:
+    for _ in range(8):
+        for link in system.sender.links:
+            link.close()
+        await asyncio.sleep(0.4)
+
+
+def _fail_a_step(system: MonitoredSystem) -> None:
+    steps = iter(range(1_000_000))
+
+    def on_step(batch: Batch) -> None:
+        if next(steps) == 50:
+            raise RuntimeError("a step fails")
+
+    watch(system.decode[0], on_step)
+
+
+async def _short_lives(system: MonitoredSystem) -> None:
+    """Workers that only the first ingress is told of, and of which all but one soon end."""
+    hidden, *others = [await system.start_worker(Role.DECODE) for _ in range(4)]
+    system.list_decode(hidden, *others)
+    await asyncio.sleep(_LIFE_SECONDS)
+    system.list_decode(hidden)
+    for worker in others:
+        await worker.close()
+
+
+async def lose_colocated(system: MonitoredSystem) -> None:
+    """End the server of a worker that is listed on."""
+    for session in system.colocated._server.sessions:
+        session.cut()
+    await system.colocated._server.close()
