@@ -46,8 +46,9 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
         ["python", ray_nodes.__file__, json.dumps(options)], port, tmp_path / "cluster"
     )
     try:
-        wait_for(lambda: "address" in running.log.read_text(), 60, running.log.read_text)
-        yield running.log.read_text().partition("address ")[2].split()[0], port
+        log = running.log.read_text
+        wait_for(lambda: bool(ray_nodes.read_address(log())), 120, log)
+        yield ray_nodes.read_address(log()), port
     finally:
         running.stop()
 

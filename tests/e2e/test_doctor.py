@@ -50,8 +50,9 @@ def address(tmp_path: Path, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch)
     command = ["python", ray_nodes.__file__, json.dumps(options)]
     running = Product(command, free_port(), tmp_path / "cluster")
     try:
-        wait_for(lambda: "address" in running.log.read_text(), 120, running.log.read_text)
-        yield running.log.read_text().partition("address ")[2].split()[0]
+        log = running.log.read_text
+        wait_for(lambda: bool(ray_nodes.read_address(log())), 120, log)
+        yield ray_nodes.read_address(log())
     finally:
         running.stop()
 

@@ -140,7 +140,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Ite
         options = json.dumps([node_options(made, name) for name in NODES])
         nodes = Product(["python", ray_nodes.__file__, options], PORT, folder)
         try:
-            wait_for(lambda: "address" in nodes.log.read_text(), 90, nodes.log.read_text)
+            log = nodes.log.read_text
+            wait_for(lambda: bool(ray_nodes.read_address(log())), 90, log)
             opened = Cluster(made, nodes, folder / "deploy", model)
             opened.folder.mkdir()
             finish(opened.deploy())

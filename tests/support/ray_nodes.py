@@ -11,6 +11,7 @@ SIGINT, SIGTERM and the end of its standard input end it.
 """
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -30,6 +31,12 @@ def node_options(start_params: dict[str, str]) -> dict[str, Any]:
         "resources": json.loads(resources),
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
+
+
+def read_address(log: str) -> str:
+    """The address in what the script has printed; empty before. Ray's own lines name some, too."""
+    found = re.search(r"^address (\S+)$", log, re.MULTILINE)
+    return found[1] if found else ""
 
 
 class Nodes:
