@@ -24,6 +24,7 @@ from antiphon.config import AntiphonConfig, PoolConfig, parse_config
 from antiphon.messages import Role
 from antiphon.router.discovery import pack_card
 from antiphon.router.serve_discovery import ROUTER_CLASS
+from antiphon.tracing import effective
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class WorkerReplica:
             handoff=parsed.handoff,
             target_itl_seconds=parsed.router.target_itl_seconds,
             vllm_names=parsed.metrics.vllm_names,
+            tracing=effective(parsed.tracing, os.environ),
         )
         self._drain_seconds = parsed.pools[role].drain_seconds
         self.worker = await start_worker(settings)
@@ -94,9 +96,9 @@ class Ingress:
 
         context = serve.get_replica_context()
 
-        async def ask_ingresses(seconds: float) -> list[Any]:
+        async def ask_ingresses(seconds: float, method: str, *arguments: str) -> list[Any]:
             handle = serve.get_deployment_handle(context.deployment, context.app_name)
-            asking = handle.broadcast("describe")
+            asking = handle.broadcast(method, *arguments)
             answers: list[Any] = await asking.results_async(
                 timeout_s=seconds, return_exceptions=True
             )
@@ -110,6 +112,10 @@ class Ingress:
     async def describe(self) -> dict[str, Any]:
         """Tell another ingress where this one is scraped."""
         return self._process.describe()
+
+    async def find_requests(self, request_id: str) -> list[dict[str, Any]]:
+        """Tell another ingress what this one knows of a request."""
+        return self._process.find_requests(request_id)
 
     async def stop_taking(self, timeout_seconds: float) -> None:
         """Refuse new requests with 503; open ones have so long to finish, then they get an error.

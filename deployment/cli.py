@@ -10,12 +10,14 @@ from antiphon.config import AntiphonConfig, parse_config, read_yaml
 from antiphon.deployment.config_command import config_app
 from antiphon.deployment.doctor.command import doctor
 from antiphon.deployment.plan_command import plan
+from antiphon.deployment.trace_command import trace
 from antiphon.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(config_app, name="config")
 app.command()(plan)
 app.command()(doctor)
+app.command()(trace)
 
 
 def _print_version(is_asked: bool) -> None:

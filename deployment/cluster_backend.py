@@ -19,6 +19,7 @@ from antiphon.deployment.cluster_metrics import ClusterCollector
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journey import Attempt, Journey
 from antiphon.deployment.replay import Replay, replay_reason
+from antiphon.deployment.request_spans import traced
 from antiphon.deployment.submission import describe, peer, submission
 from antiphon.deployment.worker_connection import WorkerConnection
 from antiphon.errors import (
@@ -228,6 +229,7 @@ class ClusterBackend:
     ) -> AsyncGenerator[RequestOutput, None]:
         attempt = Attempt(decision, request.request_id, time.monotonic())
         journey.sent(attempt)
+        request = traced(request, journey)
         connection = self._connections.get(decision.decode.incarnation)
         if connection is None:
             raise WorkerLostError(f"the session with {decision.decode.replica_id} has just ended")

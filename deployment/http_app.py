@@ -32,6 +32,7 @@ from antiphon.deployment.http_generation import Slots
 from antiphon.deployment.http_metrics import RequestMetricsMiddleware
 from antiphon.deployment.http_planning import Planner
 from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.journal import Journal
 from antiphon.deployment.openai_api import ChatCompletionRequest, CompletionRequest
 from antiphon.errors import UnknownModelError
 
@@ -45,6 +46,7 @@ def create_app(
     *,
     max_concurrent_requests: int,
     metrics: IngressMetrics | None = None,
+    journal: Journal | None = None,
 ) -> FastAPI:
     """Make the application.
 
@@ -54,11 +56,12 @@ def create_app(
         max_concurrent_requests: Choices that may be generated at once; a request with ``n`` choices
             counts as ``n``. Further ones get 503.
         metrics: Where requests are counted; None: nowhere that anybody reads.
+        journal: Where requests are remembered; None: nowhere.
     """
     metrics = metrics or IngressMetrics()
     app = FastAPI(title="Antiphon", version=__version__, strict_content_type=False)
-    app.add_middleware(RequestIdMiddleware)
-    app.add_middleware(RequestMetricsMiddleware, metrics=metrics)
+    app.add_middleware(RequestMetricsMiddleware, metrics=metrics, journal=journal or Journal())
+    app.add_middleware(RequestIdMiddleware)  # around the other, which needs the id
     add_error_handlers(app)
     service = Service(Planner(backend, tokenizer), Slots(max_concurrent_requests), metrics)
     _add_completion_routes(app, service)

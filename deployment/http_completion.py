@@ -20,7 +20,7 @@ from antiphon.deployment.http_generation import (
     Slots,
     unless_disconnected,
 )
-from antiphon.deployment.http_metrics import OUTCOME_KEY
+from antiphon.deployment.http_metrics import OPEN_REQUEST_KEY, OUTCOME_KEY
 from antiphon.deployment.http_planning import Body, Planner
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.openai_api import ChatCompletionRequest
@@ -45,7 +45,6 @@ class Answer:
     ) -> None:
         self._choices = choices
         self._metrics = metrics
-        self._num_cached = [0] * len(choices)
         self.streams = streams
 
     @property
@@ -66,8 +65,9 @@ class Answer:
             stream = self.streams[index]
             if index not in texts and stream.finish_reason is not None:
                 continue
-            self._metrics.tokens_left(self._choices[index].journey, len(output.token_ids), now)
-            self._num_cached[index] = max(self._num_cached[index], output.num_cached_tokens)
+            journey = self._choices[index].journey
+            self._metrics.tokens_left(journey, len(output.token_ids), now)
+            journey.num_cached_tokens = max(journey.num_cached_tokens, output.num_cached_tokens)
             text = stream.push(output.token_ids, output.finish_reason)
             texts[index] = texts.get(index, "") + text
         return texts
@@ -83,11 +83,11 @@ class Answer:
 
     def usage(self) -> Usage:
         """Count the tokens so far."""
-        firsts = [index for index, choice in enumerate(self._choices) if choice.counts_prompt]
+        firsts = [choice for choice in self._choices if choice.counts_prompt]
         return Usage(
-            num_prompt_tokens=sum(len(self._choices[index].prompt_token_ids) for index in firsts),
+            num_prompt_tokens=sum(len(choice.prompt_token_ids) for choice in firsts),
             num_output_tokens=sum(stream.num_tokens for stream in self.streams),
-            num_cached_tokens=sum(self._num_cached[index] for index in firsts),
+            num_cached_tokens=sum(choice.journey.num_cached_tokens for choice in firsts),
         )
 
 
@@ -177,6 +177,7 @@ class CompletionResponse(Response):
         write = self._write_stream if body.stream else self._write_whole
         with self._service.slots.hold(planner.count_choices(body)) as release_slots:
             choices = await planner.plan(body, scope[ARRIVED_AT_KEY])
+            scope[OPEN_REQUEST_KEY].planned(body, [choice.journey for choice in choices])
             texts = [self._text_stream() for _ in choices]
             answer = Answer(choices, texts, self._service.metrics)
             try:

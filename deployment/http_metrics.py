@@ -1,4 +1,4 @@
-"""Counts each generation request once, by what its client saw.
+"""Counts each generation request once, by what its client saw, and enters it in the journal.
 
     stop, length   it ended as asked; of several choices, length if one was cut off
     aborted        the client left first
@@ -12,20 +12,26 @@ Whoever writes an answer that the status does not tell the end of notes it in th
 import asyncio
 import time
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from antiphon.deployment.http_errors import ARRIVED_AT_KEY, REQUEST_ID_KEY
 from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.journal import Journal, OpenRequest
+from antiphon.messages import TraceContext
 
 OUTCOME_KEY = "antiphon.outcome"  # in the scope, from whoever knows more than the status
+OPEN_REQUEST_KEY = "antiphon.open_request"  # the journal's ``OpenRequest``
 GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
 class RequestMetricsMiddleware:
-    """The outermost layer; plain ASGI, so that streams pass unchanged."""
+    """Just within the request ids; plain ASGI, so that streams pass unchanged."""
 
-    def __init__(self, app: ASGIApp, metrics: IngressMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: IngressMetrics, journal: Journal) -> None:
         self._app = app
         self._metrics = metrics
+        self._journal = journal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -41,6 +47,7 @@ class RequestMetricsMiddleware:
             await send(message)
 
         self._metrics.request_began()
+        scope[OPEN_REQUEST_KEY] = request = self._enter(scope)
         outcome = "failed"
         try:
             await self._app(scope, receive, send_noting_status)
@@ -48,13 +55,30 @@ class RequestMetricsMiddleware:
         except asyncio.CancelledError:  # how Serve tells that the client has gone
             outcome = scope.get(OUTCOME_KEY, "aborted")
             raise
+        except Exception:
+            status = status or 500  # which the layer around this one answers
+            raise
         finally:
             self._metrics.request_ended(outcome, time.monotonic() - began_at)
+            self._journal.ended(request, outcome, status)
+
+    def _enter(self, scope: Scope) -> OpenRequest:
+        headers = Headers(scope=scope)
+        context = TraceContext(
+            scope[REQUEST_ID_KEY],
+            headers.get("traceparent", ""),
+            ",".join(headers.getlist("tracestate")),  # one list, however many headers
+        )
+        return self._journal.began(_path(scope), context, scope[ARRIVED_AT_KEY])
 
 
 def _generates(scope: Scope) -> bool:
-    path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve's route prefix
-    return scope["method"] == "POST" and path in GENERATION_PATHS
+    return scope["method"] == "POST" and _path(scope) in GENERATION_PATHS
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))  # Serve's route prefix
 
 
 def _outcome_of(status: int) -> str:

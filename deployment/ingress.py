@@ -1,11 +1,12 @@
 """One ingress process: tokenizer, backend and HTTP application, joined.
 
-Beside OpenAI's routes it answers ``/metrics`` and ``/metrics/targets`` for Prometheus, and
-``/workers``: what runs where.
+Beside OpenAI's routes it answers ``/metrics`` and ``/metrics/targets`` for Prometheus,
+``/workers``: what runs where, and ``/requests/{request_id}``: where a request's time went.
 """
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.cluster_metrics import worker_states
 from antiphon.deployment.http_app import create_app
 from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.journal import Journal
 from antiphon.deployment.metrics_targets import (
     AskAll,
     IngressAddress,
@@ -27,8 +29,10 @@ from antiphon.deployment.metrics_targets import (
     Siblings,
     discovered,
 )
+from antiphon.deployment.request_search import add_request_route
 from antiphon.messages import Role, WorkerCard
 from antiphon.router.serve_discovery import WorkerWatch
+from antiphon.tracing import effective, start_tracing
 from antiphon.vllm_names import VllmCollector
 from antiphon.workers.model_source import resolve_model
 from antiphon.workers.tokenizer import Tokenizer
@@ -40,7 +44,7 @@ class Placement:
 
     replica_id: str
     host: str  # the address that other nodes reach this one at
-    ask_ingresses: AskAll  # calls ``IngressProcess.describe`` of all of them
+    ask_ingresses: AskAll  # calls a method of all of them
 
 
 class IngressProcess:
@@ -69,6 +73,10 @@ class IngressProcess:
             states = VllmCollector(config.model.name, lambda: worker_states(view))
             metrics.registry.register(states)
         self._metrics = metrics
+        tracing = effective(config.tracing, os.environ)
+        replica_id = placement.replica_id
+        self._tracing = start_tracing(tracing, metrics.role, replica_id, metrics)
+        self._journal = Journal(self._tracing, replica_id, tracing.kept_timelines)
         self._server = MetricsServer(metrics.render)
         self.app = self._make_app(config)
 
@@ -83,12 +91,18 @@ class IngressProcess:
         described: dict[str, Any] = msgspec.to_builtins(self._address)
         return described
 
+    def find_requests(self, request_id: str) -> list[dict[str, Any]]:
+        """What this ingress knows of a request, for the others."""
+        found: list[dict[str, Any]] = msgspec.to_builtins(self._journal.find(request_id))
+        return found
+
     def _make_app(self, config: AntiphonConfig) -> FastAPI:
         app = create_app(
             self.backend,
             Tokenizer(resolve_model(config.model.source)),
             max_concurrent_requests=config.http.max_concurrent_requests,
             metrics=self._metrics,
+            journal=self._journal,
         )
 
         @app.get("/metrics", include_in_schema=False)
@@ -103,6 +117,7 @@ class IngressProcess:
         async def list_workers() -> list[dict[str, Any]]:
             return self.backend.describe_workers()
 
+        add_request_route(app, self._placement.ask_ingresses, self._journal)
         app.router.lifespan_context = self._lifespan
         return app
 
@@ -117,6 +132,8 @@ class IngressProcess:
             watch.close()
         await self.backend.close()
         await self._server.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def _watch(backend: ClusterBackend, role: Role, handle: DeploymentHandle[Any]) -> WorkerWatch:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from antiphon.messages import RequestTiming
 from antiphon.router.decision import Decision
+from antiphon.tracing import RequestSpan
 
 PARTS = (
     "route", "submit", "prefill_queue", "prefill", "transfer", "decode_queue", "first_step",
@@ -32,6 +33,7 @@ class Attempt:
     sent_at: float
     ended_at: float | None = None
     failure: str | None = None  # busy, draining, lost, moved or invalid
+    span: RequestSpan | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +48,9 @@ class Journey:
     first_token_at: float | None = None
     last_token_at: float | None = None
     num_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt, on the decode worker
+    longest_gap_seconds: float = 0.0
+    span: RequestSpan | None = None
     finish_reason: str | None = None
 
     @property
@@ -66,7 +71,10 @@ class Journey:
 
     def failed(self, failure: str) -> None:
         """Note that the last attempt failed."""
-        self.attempts[-1].failure = failure
+        attempt = self.attempts[-1]
+        attempt.failure = failure
+        if attempt.ended_at is None:  # it was never sent
+            attempt.ended_at = attempt.sent_at
 
     def answered(self, timing: RequestTiming | None) -> None:
         """Note what a worker says with an output; only of the first token it says something."""
@@ -81,9 +89,12 @@ class Journey:
         """
         if num_tokens == 0:
             return None
-        gap = None if self.last_token_at is None else now - self.last_token_at
-        if self.first_token_at is None:
+        gap = None
+        if self.last_token_at is None:
             self.first_token_at = now
+        else:
+            gap = now - self.last_token_at
+            self.longest_gap_seconds = max(self.longest_gap_seconds, gap)
         self.last_token_at = now
         self.num_tokens += num_tokens
         return gap

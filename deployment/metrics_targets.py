@@ -56,7 +56,7 @@ class MetricsServer:
         return web.Response(body=self._render(), content_type="text/plain", charset="utf-8")
 
 
-AskAll = Callable[[float], Awaitable[Sequence[Any]]]
+AskAll = Callable[..., Awaitable[Sequence[Any]]]  # seconds, a method's name, its arguments
 
 
 class Siblings:
@@ -64,8 +64,8 @@ class Siblings:
 
     Args:
         own: This one.
-        ask_all: Calls every ingress, this one too, for so many seconds; gives ``IngressAddress`` as
-            built-ins, or an exception, for each.
+        ask_all: Calls a method of every ingress, this one too, for so many seconds; gives what it
+            returns, or an exception, for each.
     """
 
     def __init__(self, own: IngressAddress, ask_all: AskAll) -> None:
@@ -79,7 +79,7 @@ class Siblings:
         told: list[IngressAddress] = []
         try:
             async with asyncio.timeout(ASK_SECONDS):
-                answers = await self._ask_all(ASK_SECONDS)
+                answers = await self._ask_all(ASK_SECONDS, "describe")
             told = [msgspec.convert(a, IngressAddress) for a in answers if isinstance(a, dict)]
         except Exception as error:
             logger.warning("the other ingresses cannot be asked for their metrics: %r", error)

@@ -123,6 +123,8 @@ def test_a_key_like_no_other_lists_what_is_allowed():
             "equal to 100",
         ),
         ({"http": {"drain_seconds": "soon"}}, "http.drain_seconds", "'soon'", "valid number"),
+        ({"tracing": {"endpoint": "c:4318"}}, "tracing.endpoint", "'c:4318'", "match pattern"),
+        ({"tracing": {"sample_ratio": 5}}, "tracing.sample_ratio", "5", "less than or equal to 1"),
         ({"model": "mine"}, "model", "'mine'", "valid dictionary"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("deployment", "kernels", "router", "workers")
-VOCABULARY = {"config", "errors", "messages", "metrics", "vllm_names"}
+VOCABULARY = {"config", "errors", "messages", "metrics", "tracing", "vllm_names"}
 MAY_IMPORT = {
     "kernels": {"errors"},
     "router": {"config", "errors", "messages"},

@@ -25,6 +25,7 @@ from antiphon.workers.prefill_client import PrefillClient, Wanted
 from antiphon.workers.prefill_ladder import LadderLimits, PrefillLadder
 from antiphon.workers.request import PrefillPath, Request
 from antiphon.workers.request_limits import RequestLimits
+from antiphon.workers.request_trace import GenerationTrace, WorkerTracing
 from antiphon.workers.scheduler import Scheduler
 from antiphon.workers.session import Session
 from antiphon.workers.shunned_peers import ShunnedPeers
@@ -46,18 +47,25 @@ class GenerateLimits:
 class _Job:
     session: Session
     message: Submit
+    trace: GenerationTrace | None
 
 
 class GenerateService:
     """Answers ``Submit`` messages. All methods run on the event loop unless they say otherwise."""
 
     def __init__(
-        self, engine: Engine, client: PrefillClient, metrics: WorkerMetrics, limits: GenerateLimits
+        self,
+        engine: Engine,
+        client: PrefillClient,
+        metrics: WorkerMetrics,
+        limits: GenerateLimits,
+        tracing: WorkerTracing,
     ) -> None:
         self._engine = engine
         self._client = client
         self._metrics = metrics
         self._limits = limits
+        self._tracing = tracing
         self._ladder = PrefillLadder(client, ShunnedPeers(), limits.ladder, metrics, self)
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[str, _Job] = {}
@@ -76,7 +84,7 @@ class GenerateService:
             session.send(Refused(request_id, RefusalKind.INVALID, problem))
             return
         path = PrefillPath.REMOTE if message.prefill else PrefillPath.LOCAL
-        self._jobs[request_id] = _Job(session, message)
+        self._jobs[request_id] = _Job(session, message, self._tracing.generation(message))
         session.request_ids.add(request_id)
         try:
             self._engine.add(Request(request_id, message.prompt_token_ids, message.sampling, path))
@@ -105,6 +113,8 @@ class GenerateService:
             job = self._jobs.get(output.request_id)
             if job is None:
                 continue  # aborted since
+            if job.trace is not None and output.timing is not None:
+                job.trace.first_token(output.timing, output.num_cached_tokens)
             by_session.setdefault(job.session, []).append(output)
             if output.finish_reason is not None:
                 self._end(output.request_id, output.finish_reason)
@@ -128,7 +138,8 @@ class GenerateService:
         if job is not None:
             # The last token is an ordinary decode step.
             token_ids = job.message.prompt_token_ids[:-1]
-            wanted = Wanted(request_id, token_ids, block_table, first_token)
+            span = job.trace.span if job.trace is not None else None
+            wanted = Wanted(request_id, token_ids, block_table, first_token, span)
             self._ladder.start(wanted, job.message.prefill)
 
     # From the ladder.
@@ -185,6 +196,8 @@ class GenerateService:
         job = self._jobs.pop(request_id)
         job.session.request_ids.discard(request_id)
         self._metrics.request_ended(outcome)
+        if job.trace is not None:
+            job.trace.end(outcome)
 
     def _problem(self, message: Submit) -> str | None:
         if message.request_id in self._jobs:

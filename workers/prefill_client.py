@@ -38,6 +38,7 @@ from antiphon.messages import (
     RemotePrefill,
     WorkerMessage,
 )
+from antiphon.tracing import RequestSpan
 from antiphon.workers.block_pool import BlockId
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.receiver import HandoffReceiver
@@ -84,6 +85,8 @@ class Wanted:
     token_ids: list[int]  # whose KV is wanted
     block_table: list[BlockId]
     num_in_place: int  # tokens, from the first, whose KV is here
+    span: RequestSpan | None = None  # of the request
+    attempt: RequestSpan | None = None  # of the attempt that is being made
     transfer: "_Transfer | None" = None
     handoff: Handoff = NO_HANDOFF  # so far
 
@@ -195,7 +198,8 @@ class PrefillClient:
         ended = self._loop.create_future()
         transfer = _Transfer(wanted, transfer_id, link.link_id, session, incoming, ended)
         self._transfers[transfer_id] = wanted.transfer = transfer
-        session.send(Prefill(transfer_id, transfer_id, wanted.token_ids, first_token, link))
+        trace = wanted.attempt.context() if wanted.attempt is not None else None
+        session.send(Prefill(transfer_id, transfer_id, wanted.token_ids, first_token, link, trace))
         return transfer
 
     async def _watch(self, transfer: _Transfer, deadline: float) -> None:
@@ -266,7 +270,7 @@ def _delivered(
     """Account for a transfer that is complete now."""
     said = transfer.incoming.account
     remote = RemotePrefill(
-        worker=peer.replica_id or peer.url,
+        worker=peer.name,
         queue=said.queue_microseconds / 1e6,
         compute=said.compute_microseconds / 1e6,
         send=said.send_microseconds / 1e6,

@@ -23,6 +23,7 @@ from typing import Protocol
 
 from antiphon.errors import PrefillFailedError
 from antiphon.messages import FailedPrefill, PrefillPeer
+from antiphon.tracing import attempt
 from antiphon.workers.prefill_client import Outcome, PrefillClient, Wanted
 from antiphon.workers.shunned_peers import ShunnedPeers
 from antiphon.workers.timeline import Handoff
@@ -149,7 +150,8 @@ class PrefillLadder:
                 return error
             asked_at, num_before = time.monotonic(), wanted.num_in_place
             try:
-                await self._client.fetch(peer, wanted, tries.deadline)
+                with attempt(wanted.span, "prefill attempt", peer.name) as wanted.attempt:
+                    await self._client.fetch(peer, wanted, tries.deadline)
             except PrefillFailedError as foreseen:
                 error = foreseen
             except Exception as unforeseen:  # the request must not wait for ever
@@ -160,7 +162,7 @@ class PrefillLadder:
                 self._delivered(wanted, num_before)
                 return None
             seconds = time.monotonic() - asked_at
-            failed = FailedPrefill(peer.replica_id or peer.url, error.outcome, seconds)
+            failed = FailedPrefill(peer.name, error.outcome, seconds)
             wanted.handoff = Handoff(failed=(*wanted.handoff.failed, failed))
             self._metrics.received(wanted.num_in_place - num_before)
             self._failed(wanted, tries, peer, error)

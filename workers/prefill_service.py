@@ -22,6 +22,7 @@ from antiphon.workers.handoff.outgoing import Computed
 from antiphon.workers.handoff.sender import HandoffSender
 from antiphon.workers.request import Request, RequestStatus
 from antiphon.workers.request_limits import RequestLimits
+from antiphon.workers.request_trace import PrefillTrace, WorkerTracing
 from antiphon.workers.session import Session
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ class _Job:
     message: Prefill
     submitted_at: float
     num_pushed_tokens: int  # engine thread only
+    trace: PrefillTrace | None
+    pushed_at: float | None = None  # first, by the engine thread
+    computed: Computed | None = None  # by the engine thread
     num_cached_tokens: int = 0
     is_answered: bool = False  # the decode worker knows how it ended
 
@@ -43,10 +47,13 @@ class _Job:
 class PrefillService:
     """Answers ``Prefill`` messages."""
 
-    def __init__(self, engine: Engine, sender: HandoffSender, limits: RequestLimits) -> None:
+    def __init__(
+        self, engine: Engine, sender: HandoffSender, limits: RequestLimits, tracing: WorkerTracing
+    ) -> None:
         self._engine = engine
         self._sender = sender
         self._limits = limits
+        self._tracing = tracing
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[str, _Job] = {}
 
@@ -68,7 +75,8 @@ class PrefillService:
         except AntiphonError as error:
             session.send(Refused(message.request_id, RefusalKind.BUSY, str(error)))
             return
-        job = _Job(session, message, time.monotonic(), message.first_token)
+        trace = self._tracing.prefill(message)
+        job = _Job(session, message, time.monotonic(), message.first_token, trace)
         self._jobs[message.transfer_id] = job
         session.request_ids.add(message.transfer_id)
         try:
@@ -120,10 +128,11 @@ class PrefillService:
         if end > start:
             self._sender.push(request.request_id, list(request.block_table), start, end)
             job.num_pushed_tokens = end
+            job.pushed_at = job.pushed_at or time.monotonic()
         if request.status is RequestStatus.SENDING:
             queue, compute = request.timeline.computed(time.monotonic())
-            computed = Computed(queue, compute, request.num_cached_tokens)
-            self._sender.finish(request.request_id, computed)
+            job.computed = Computed(queue, compute, request.num_cached_tokens)
+            self._sender.finish(request.request_id, job.computed)
 
     def on_refused(self, transfer_id: str, error: Exception) -> None:
         """The engine could not take or compute a prompt; on the event loop."""
@@ -151,6 +160,8 @@ class PrefillService:
         if job is None:
             return
         job.session.request_ids.discard(transfer_id)
+        if job.trace is not None:
+            job.trace.end(_outcome(job, error), job.computed, job.pushed_at, num_bytes)
         request_id = job.message.request_id
         if error is None:
             elapsed = time.monotonic() - job.submitted_at
@@ -158,8 +169,7 @@ class PrefillService:
             job.session.send(done)
         elif not job.is_answered:
             logger.warning("transfer %s failed: %s", transfer_id, error)
-            is_broken = isinstance(error, LinkBrokenError)
-            kind = RefusalKind.LINK_BROKEN if is_broken else RefusalKind.FAILED
+            kind = RefusalKind(_outcome(job, error))
             job.session.send(Refused(request_id, kind, str(error)))
 
     def _problem(self, message: Prefill) -> str | None:
@@ -172,3 +182,12 @@ class PrefillService:
             return f"first_token {message.first_token} is outside the {num_tokens} tokens"
         # A prompt that can never fit would keep all those behind it waiting.
         return self._limits.explain_prompt(message.prompt_token_ids)
+
+
+def _outcome(job: _Job, error: Exception | None) -> str:
+    if error is None:
+        return "complete"
+    if job.is_answered:
+        return "given_up"
+    is_broken = isinstance(error, LinkBrokenError)
+    return RefusalKind.LINK_BROKEN if is_broken else RefusalKind.FAILED

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from antiphon import __version__
-from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
+from antiphon.config import EngineConfig, HandoffConfig, ModelConfig, TracingConfig
 from antiphon.errors import ConfigError
 from antiphon.kernels.selection import select_kernels
 from antiphon.messages import Role, WorkerCard
+from antiphon.tracing import start_tracing
 from antiphon.vllm_names import VllmCollector
 from antiphon.workers.decode_graphs import capture_cuda_graph, graph_buckets
 from antiphon.workers.engine import Engine
@@ -40,6 +41,7 @@ from antiphon.workers.prefill_ladder import LadderLimits
 from antiphon.workers.prefill_service import PrefillService
 from antiphon.workers.prewarm import LinkPrewarmer
 from antiphon.workers.request_limits import RequestLimits
+from antiphon.workers.request_trace import WorkerTracing
 from antiphon.workers.scheduler import SchedulerConfig
 from antiphon.workers.session import SessionServer
 from antiphon.workers.worker import Closer, Worker
@@ -65,6 +67,7 @@ class WorkerSettings:
     handoff: HandoffConfig
     target_itl_seconds: float | None = None  # of the router; prefill workers generate under one
     vllm_names: bool = False
+    tracing: TracingConfig | None = None  # what is in force; no endpoint, no traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +178,12 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
         transport, loaded.runner.cache, card.incarnation, _wire_format(loaded), card.replica_id
     )
     limits = RequestLimits(card.max_context_tokens, loaded.runner.model.config.vocab_size)
-    sender, prefill = _prefill_service(engine, endpoint, settings.handoff, limits)
+    exporting = start_tracing(settings.tracing, card.role, card.replica_id, metrics)
+    tracing = worker.tracing = WorkerTracing(exporting, card)
+    sender, prefill = _prefill_service(engine, endpoint, settings.handoff, limits, tracing)
     closers, generate = _generate_service(worker, engine, endpoint, settings.handoff, limits)
     metrics.registry.register(HandoffCollector(card.role, [sender, generate.receiver]))
-    worker.run(engine, generate, prefill, [*closers, sender.close])
+    worker.run(engine, generate, prefill, [*closers, sender.close, tracing.close])
     kv_gib = card.num_blocks * card.block_size * card.kv_bytes_per_token / 2**30
     logger.info(
         "%s worker ready at %s: KV cache of %d blocks of %d tokens (%.2f GiB), context %d",
@@ -188,7 +193,11 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
 
 
 def _prefill_service(
-    engine: Engine, endpoint: Endpoint, handoff: HandoffConfig, limits: RequestLimits
+    engine: Engine,
+    endpoint: Endpoint,
+    handoff: HandoffConfig,
+    limits: RequestLimits,
+    tracing: WorkerTracing,
 ) -> tuple[HandoffSender, PrefillService]:
     service: PrefillService
 
@@ -197,7 +206,7 @@ def _prefill_service(
 
     sender_limits = SenderLimits(max_links=handoff.max_links, piece_bytes=handoff.piece_bytes)
     sender = HandoffSender(endpoint, sender_limits, on_done)
-    service = PrefillService(engine, sender, limits)
+    service = PrefillService(engine, sender, limits, tracing)
     return sender, service
 
 
@@ -226,7 +235,7 @@ def _generate_service(
         ladder=LadderLimits(handoff.max_prefill_attempts, handoff.timeout_seconds),
         max_fallback_tokens=handoff.max_fallback_tokens,
     )
-    service = GenerateService(engine, client, worker.metrics, generate_limits)
+    service = GenerateService(engine, client, worker.metrics, generate_limits, worker.tracing)
     worker.prewarmer = prewarmer = LinkPrewarmer(client, worker.metrics)
     return [prewarmer.close, peers.close, receiver.close], service
 

@@ -31,6 +31,7 @@ from antiphon.workers.generate_service import GenerateService
 from antiphon.workers.prefill_service import PrefillService
 from antiphon.workers.prewarm import LinkPrewarmer
 from antiphon.workers.request import Request
+from antiphon.workers.request_trace import WorkerTracing
 from antiphon.workers.scheduler import Scheduler
 from antiphon.workers.session import Session, SessionServer
 from antiphon.workers.telemetry import TelemetryPublisher
@@ -57,6 +58,7 @@ class Worker:
         self.generate: GenerateService
         self.prefill: PrefillService
         self.prewarmer: LinkPrewarmer
+        self.tracing: WorkerTracing
         self._closers: Sequence[Closer] = ()
         self._is_draining = False
 

@@ -201,6 +201,26 @@ class MetricsConfig(_Section):
     )
 
 
+class TracingConfig(_Section):
+    """Traces of requests."""
+
+    endpoint: Annotated[str, Field(pattern="^https?://[^/]")] | None = Field(
+        None,
+        description="An OpenTelemetry collector that takes OTLP over HTTP, such as "
+        "http://collector:4318. Default: OTEL_EXPORTER_OTLP_ENDPOINT, and no traces without it.",
+    )
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="Of requests whose client does not say whether they are sampled. "
+        "Default: OTEL_TRACES_SAMPLER, and all without it.",
+    )
+    kept_timelines: Annotated[int, Field(ge=0)] = Field(
+        1000,
+        description="Choices that have ended and whose timeline an ingress keeps for "
+        "`antiphon trace`, with traces or without.",
+    )
+
+
 class AntiphonConfig(_Section):
     """A whole deployment."""
 
@@ -212,6 +232,7 @@ class AntiphonConfig(_Section):
     router: RouterConfig = RouterConfig()
     http: HttpConfig = HttpConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -130,6 +130,19 @@ class PrefillPeer(msgspec.Struct, frozen=True):
     incarnation: str
     replica_id: str = ""  # for people; empty where nobody knows it
 
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.replica_id or self.url
+
+
+class TraceContext(msgspec.Struct, frozen=True):
+    """What a span of another process begins below (W3C Trace Context)."""
+
+    request_id: str  # of the HTTP request, as its client knows it
+    traceparent: str = ""
+    tracestate: str = ""
+
 
 class Submit(_Message, frozen=True):
     """Generate from a prompt on a decode or colocated worker."""
@@ -138,6 +151,7 @@ class Submit(_Message, frozen=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     prefill: tuple[PrefillPeer, ...] = ()  # whom to ask, best first; empty: compute it here
+    trace: TraceContext | None = None  # of a request that is sampled
 
 
 class LinkOffer(msgspec.Struct, frozen=True):
@@ -160,6 +174,7 @@ class Prefill(_Message, frozen=True):
     prompt_token_ids: list[int]  # without the prompt's last token, which decode computes
     first_token: int
     link: LinkOffer
+    trace: TraceContext | None = None  # of a request that is sampled
 
 
 class PrefillPool(_Message, frozen=True):

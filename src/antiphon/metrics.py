@@ -1,7 +1,8 @@
 """What the metrics of every process have in common: a registry of its own, and one label, ``role``.
 
-A quantity is counted in one kind of process only, so a sum over all targets is right. Whatever has
-a label with a worker or a link in it is dropped when that is gone.
+A quantity is counted in one kind of process only, so a sum over all targets is right; spans, which
+every process makes, are counted by each for itself. Whatever has a label with a worker or a link in
+it is dropped when that is gone.
 """
 
 from bisect import bisect_left
@@ -82,6 +83,9 @@ class Metrics:
     def __init__(self, role: str) -> None:
         self.registry = CollectorRegistry()
         self.role = role
+        self._spans = self.counter(
+            "antiphon_trace_spans", "Spans of this process that ended.", "outcome"
+        )
 
     def counter(self, name: str, text: str, *labels: str, values: Iterable[str] = ()) -> Counter:
         """Make a counter; ``name`` is without ``_total``.
@@ -106,6 +110,10 @@ class Metrics:
         collector = _BucketsCollector(lambda: buckets.family(name, text, self.role, *labels))
         self.registry.register(collector)
         return buckets
+
+    def spans_ended(self, outcome: str, count: int) -> None:
+        """Spans were exported, failed to be, or were dropped; from any thread."""
+        self._spans.labels(self.role, outcome).inc(count)
 
     def count(self, name: str, **labels: str) -> float:
         """Read a sample; 0 if nothing was counted under these labels."""

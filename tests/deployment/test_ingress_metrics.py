@@ -13,6 +13,7 @@ from antiphon.config import RouterConfig
 from antiphon.deployment.http_app import create_app
 from antiphon.deployment.http_metrics import RequestMetricsMiddleware
 from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.journal import Journal
 from antiphon.deployment.journey import Journey
 from antiphon.errors import WorkerBusyError, WorkerLostError
 from antiphon.messages import RequestTiming
@@ -116,8 +117,11 @@ def test_serve_cancels_a_request_whose_client_has_gone(noted: dict, outcome: str
         await asyncio.sleep(60)
 
     async def scenario() -> None:
-        middleware = RequestMetricsMiddleware(never, metrics)
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+        middleware = RequestMetricsMiddleware(never, metrics, Journal())
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "headers": [],
+            "antiphon.request_id": "r", "antiphon.arrived_at": 0.0,
+        }  # fmt: skip
         serving_it = asyncio.create_task(middleware(scope, None, None))
         await asyncio.sleep(0)
         serving_it.cancel()

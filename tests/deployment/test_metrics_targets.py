@@ -32,7 +32,8 @@ class Replicas:
     def __init__(self) -> None:
         self.answers: list[Any] = []
 
-    async def __call__(self, seconds: float) -> Sequence[Any]:
+    async def __call__(self, seconds: float, method: str) -> Sequence[Any]:
+        assert method == "describe"
         if not self.answers:
             raise RuntimeError("the deployment is unavailable")
         return [a if isinstance(a, Exception) else msgspec.to_builtins(a) for a in self.answers]

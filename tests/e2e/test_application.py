@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import openai
@@ -100,6 +101,19 @@ def assert_same_text(
         return
     # Only a near-tie of fp32 may differ, which is judged on tokens.
     assert_equal_tokens(folder, tokenizer.encode(prompt), tokenizer.encode(text))
+
+
+def test_a_request_id_finds_where_its_time_went(product: Product, client: openai.OpenAI) -> None:
+    prompt = "Once there was a queue in which every letter waited for the one before it. " * 6
+    client.completions.create(
+        model=DEFAULT_MODEL, prompt=prompt, max_tokens=3, extra_headers={"X-Request-Id": "find-me"}
+    )
+    command = [Path(sys.executable).parent / "antiphon", "trace", "find-me", "--url", product.url]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "request find-me: length, " in answer.stdout
+    assert re.search(r"^  prefill +[0-9,.]+ +[0-9.]+ %  +#+$", answer.stdout, re.MULTILINE)
+    (prefill,) = (worker["replica_id"] for worker in product.workers("prefill"))
+    assert f"  prefill at {prefill}: queue " in answer.stdout
 
 
 def test_chat_with_usage_stop_and_models(client: openai.OpenAI) -> None:

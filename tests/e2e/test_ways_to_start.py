@@ -69,7 +69,10 @@ def every_process_is_scraped_once_and_nothing_is_counted_twice(
 
     def ask(index: int) -> int:
         prompt = f"Number {index}."
-        answer = client.completions.create(model="mine", prompt=prompt, max_tokens=4)
+        named = {"X-Request-Id": f"number-{index}"}
+        answer = client.completions.create(
+            model="mine", prompt=prompt, max_tokens=4, extra_headers=named
+        )
         assert answer.usage is not None
         return answer.usage.completion_tokens
 
@@ -81,6 +84,14 @@ def every_process_is_scraped_once_and_nothing_is_counted_twice(
         num_tokens = sum(pool.map(ask, range(6)))
     added = {name: total(name) - before[name] for name in names + tokens}
     assert added == dict.fromkeys(names, 6) | dict.fromkeys(tokens, num_tokens)
+    served_by = set()
+    for index in range(6):  # whichever ingress answers, it finds what either of them served
+        found = product.get(f"/requests/number-{index}")
+        assert (found["num_ingresses"], found["num_silent"]) == (2, 0)
+        (request,) = found["requests"]
+        assert request["choices"][0]["num_output_tokens"] > 0
+        served_by.add(request["ingress"])
+    assert served_by <= {t["labels"]["worker"] for t in product.get("/metrics/targets")}
     whole = total("antiphon_time_to_first_token_seconds_sum")
     assert total("antiphon_time_to_first_token_part_seconds_sum") == pytest.approx(whole)
     assert total("vllm:cache_config_info", model_name="mine") == 4

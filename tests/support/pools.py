@@ -9,7 +9,7 @@ from typing import Any
 
 from kv_contents import fill_with_garbage
 
-from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
+from antiphon.config import EngineConfig, HandoffConfig, ModelConfig, TracingConfig
 from antiphon.kernels.torch_kernels import TorchKernels
 from antiphon.messages import (
     Abort,
@@ -42,6 +42,7 @@ async def start(
     num_blocks: int = 64,
     transport: Transport | None = None,
     vllm_names: bool = False,
+    tracing: TracingConfig | None = None,
 ) -> Worker:
     """Start a worker over a model that may be shared with others."""
     engine = engine or EngineConfig()
@@ -60,6 +61,7 @@ async def start(
         engine=engine,
         handoff=handoff,
         vllm_names=vllm_names,
+        tracing=tracing,
     )
     limit = min(paged.max_context_tokens, num_blocks * engine.block_size)
     loaded = Loaded(ModelRunner(paged, cache), "tiny", limit)

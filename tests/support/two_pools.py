@@ -8,10 +8,11 @@ import httpx
 from pools import Client, start, until
 from scripted_backend import CharTokenizer
 
-from antiphon.config import EngineConfig, RouterConfig
+from antiphon.config import EngineConfig, RouterConfig, TracingConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.http_app import create_app
 from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.journal import Journal
 from antiphon.messages import Role, SamplingParams
 from antiphon.workers.batch import Batch
 from antiphon.workers.handoff.memory import FaultPlan, MemoryNetwork, MemoryTransport
@@ -22,7 +23,11 @@ SLOW_STEP_SECONDS = 0.02
 
 
 async def pair(
-    model: Any, plan: FaultPlan | None = None, num_blocks: int = 64, **engine: Any
+    model: Any,
+    plan: FaultPlan | None = None,
+    num_blocks: int = 64,
+    tracing: TracingConfig | None = None,
+    **engine: Any,
 ) -> tuple[Worker, Worker, Client]:
     """A prefill worker that computes chunk by chunk, a decode worker, and a client of that one."""
     network = MemoryNetwork()
@@ -31,6 +36,7 @@ async def pair(
         model,
         engine=EngineConfig(max_batch_tokens=CHUNK_TOKENS, **engine),
         transport=MemoryTransport(network, "p", plan),
+        tracing=tracing,
     )
     decode = await start(
         Role.DECODE,
@@ -38,6 +44,7 @@ async def pair(
         engine=EngineConfig(**engine),
         num_blocks=num_blocks,
         transport=MemoryTransport(network, "d"),
+        tracing=tracing,
     )
     return prefill, decode, await Client.connect(decode)
 
@@ -59,8 +66,8 @@ async def close(*closing: Any) -> None:
         await one.close()
 
 
-def http_client(backend: ClusterBackend) -> httpx.AsyncClient:
-    app = create_app(backend, CharTokenizer(), max_concurrent_requests=16)
+def http_client(backend: ClusterBackend, journal: Journal | None = None) -> httpx.AsyncClient:
+    app = create_app(backend, CharTokenizer(), max_concurrent_requests=16, journal=journal)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 
