@@ -77,7 +77,7 @@ class Workers:
         """TTFT as the decode worker measures it, and what of it was exposed transfer."""
         before = await asyncio.to_thread(self._tail_seconds)
         prompt = [rng.randrange(1000, 40_000) for _ in range(num_tokens)]
-        peer = PrefillPeer(self.prefill.url, self.prefill.incarnation)
+        peer = PrefillPeer.of(self.prefill)
         sampling = SamplingParams(max_tokens=1, temperature=0)
         self.session.send(Submit(uuid.uuid4().hex, prompt, sampling, (peer,)))
         timing = await asyncio.wait_for(self.first.get(), REQUEST_SECONDS)
@@ -128,7 +128,7 @@ async def _connect(decode: WorkerCard, prefill: WorkerCard) -> Workers:
             if output.timing is not None:
                 first.put_nowait(output.timing)
 
-    session = await ClientSession.connect(decode.url, "benchmark")
+    session = await ClientSession.connect(decode.url, "benchmark", decode.session_key)
     session.start(on_message, lambda: None)
     return Workers(session, decode, prefill, first)
 

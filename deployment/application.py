@@ -124,6 +124,10 @@ class Ingress:
         """
         await self._process.backend.stop_taking(timeout_seconds)
 
+    async def list_workers(self) -> list[dict[str, Any]]:
+        """Who is connected, for callers inside the cluster: they need no API key."""
+        return self._process.backend.describe_workers()
+
 
 class AppArguments(AntiphonConfig):
     """The configuration as Serve passes it; a bad one is explained in our words."""

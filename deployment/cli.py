@@ -54,11 +54,16 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with one API key per line; without it none is asked.")
+    ] = None,
 ) -> None:
     """Start the application and serve until Ctrl-C."""
     pools = {"prefill": prefill, "decode": decode, "colocated": colocated}
     try:
-        parsed = merge_options(config, model, pools, {"host": host, "port": port})
+        keys = str(api_key_file.absolute()) if api_key_file is not None else None
+        http = {"host": host, "port": port, "api_key_file": keys}
+        parsed = merge_options(config, model, pools, http)
         # Ray takes seconds to import: only now, so that --help and bad options answer at once.
         from antiphon.deployment.launcher import launch
 

@@ -20,7 +20,7 @@ from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journey import Attempt, Journey
 from antiphon.deployment.replay import Replay, replay_reason
 from antiphon.deployment.request_spans import traced
-from antiphon.deployment.submission import describe, peer, submission
+from antiphon.deployment.submission import describe, submission
 from antiphon.deployment.worker_connection import WorkerConnection
 from antiphon.errors import (
     AntiphonError,
@@ -31,6 +31,7 @@ from antiphon.errors import (
     WorkerLostError,
 )
 from antiphon.messages import (
+    PrefillPeer,
     PrefillPool,
     RequestOutput,
     Role,
@@ -296,7 +297,7 @@ class ClusterBackend:
     def _announce_prefill_pool(self, connections: Iterable[WorkerConnection]) -> None:
         """Let decode workers prewarm their links."""
         cards = [card for card in self._listed.values() if card.role is Role.PREFILL]
-        pool = PrefillPool(tuple(peer(card) for card in cards))
+        pool = PrefillPool(tuple(PrefillPeer.of(card) for card in cards))
         for connection in connections:
             if connection.card.role is Role.DECODE:
                 connection.announce(pool)

@@ -12,6 +12,7 @@ plain ASGI, because Starlette's BaseHTTPMiddleware hides disconnects from stream
 import re
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -40,6 +41,9 @@ _MAX_REQUEST_ID = 128
 _NOT_IN_REQUEST_ID = re.compile(r"[^A-Za-z0-9._:-]")
 
 
+Guard = Callable[[ASGIApp], ASGIApp]
+
+
 def create_app(
     backend: Backend,
     tokenizer: Tokenizer,
@@ -47,6 +51,7 @@ def create_app(
     max_concurrent_requests: int,
     metrics: IngressMetrics | None = None,
     journal: Journal | None = None,
+    guard: Guard | None = None,
 ) -> FastAPI:
     """Make the application.
 
@@ -57,11 +62,14 @@ def create_app(
             counts as ``n``. Further ones get 503.
         metrics: Where requests are counted; None: nowhere that anybody reads.
         journal: Where requests are remembered; None: nowhere.
+        guard: Stands before every route and decides who passes; None lets everybody pass.
     """
     metrics = metrics or IngressMetrics()
     app = FastAPI(title="Antiphon", version=__version__, strict_content_type=False)
+    if guard is not None:
+        app.add_middleware(guard)
     app.add_middleware(RequestMetricsMiddleware, metrics=metrics, journal=journal or Journal())
-    app.add_middleware(RequestIdMiddleware)  # around the other, which needs the id
+    app.add_middleware(RequestIdMiddleware)  # around the others, which need the id
     add_error_handlers(app)
     service = Service(Planner(backend, tokenizer), Slots(max_concurrent_requests), metrics)
     _add_completion_routes(app, service)

@@ -6,9 +6,11 @@ Beside OpenAI's routes it answers ``/metrics`` and ``/metrics/targets`` for Prom
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,10 +18,12 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 from starlette.responses import Response
 
-from antiphon.config import AntiphonConfig
+from antiphon.config import AntiphonConfig, HttpConfig
+from antiphon.deployment.api_keys import ApiKeys
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.cluster_metrics import worker_states
-from antiphon.deployment.http_app import create_app
+from antiphon.deployment.http_app import Guard, create_app
+from antiphon.deployment.http_auth import ApiKeyMiddleware
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal
 from antiphon.deployment.metrics_targets import (
@@ -54,6 +58,9 @@ class IngressProcess:
         config: Of the deployment.
         pools: A handle for each pool of workers, by role.
         placement: Of this replica.
+
+    Raises:
+        ConfigError: The file of API keys cannot be used.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class IngressProcess:
             max_concurrent_requests=config.http.max_concurrent_requests,
             metrics=self._metrics,
             journal=self._journal,
+            guard=_guard(config.http, self._metrics),
         )
 
         @app.get("/metrics", include_in_schema=False)
@@ -134,6 +142,13 @@ class IngressProcess:
         await self._server.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+
+
+def _guard(http: HttpConfig, metrics: IngressMetrics) -> Guard | None:
+    if http.api_key_file is None:
+        return None
+    keys = ApiKeys(Path(http.api_key_file), metrics)
+    return functools.partial(ApiKeyMiddleware, keys=keys, metrics_need_key=http.metrics_need_key)
 
 
 def _watch(backend: ClusterBackend, role: Role, handle: DeploymentHandle[Any]) -> WorkerWatch:

@@ -34,6 +34,13 @@ class IngressMetrics(Metrics):
             "outcome",
             values=(*_FINISHED, "aborted", "invalid", "busy", "failed"),
         )
+        self._unauthorized = self.counter(
+            "antiphon_unauthorized", "HTTP requests without a valid API key.", "reason"
+        )
+        self._key_file_failures = self.counter(
+            "antiphon_api_key_file_failures",
+            "Looks at the file of API keys that found it changed and of no use.",
+        ).labels(self.role)
         self._in_progress = self.gauge(
             "antiphon_requests_in_progress", "Generation requests that have not ended."
         ).labels(self.role)
@@ -121,6 +128,14 @@ class IngressMetrics(Metrics):
                 targets.labels(self.role, name).set(seconds)
 
     # Requests.
+
+    def unauthorized(self, reason: str) -> None:
+        """A request had no valid API key."""
+        self._unauthorized.labels(self.role, reason).inc()
+
+    def key_file_failed(self) -> None:
+        """The file of API keys has changed, and is of no use."""
+        self._key_file_failures.inc()
 
     def request_began(self) -> None:
         """A generation request has arrived."""

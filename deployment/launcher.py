@@ -20,6 +20,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -37,10 +39,12 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
     """Serve until a signal comes.
 
     Raises:
-        ConfigError: The model cannot be found, the port is taken, or the workers cannot start.
+        ConfigError: The model cannot be found, the port is taken, there are no API keys where there
+            should be, or the workers cannot start.
     """
     started_at = time.monotonic()
     _check_port(config)
+    _check_api_keys(config, address)
     _resolve_model(config)
     stop, hurry = threading.Event(), threading.Event()
     with _ray(config, address):
@@ -65,6 +69,14 @@ def _check_port(config: AntiphonConfig) -> None:
                 f"http: cannot listen on {host}:{port}: {error.strerror}; "
                 "stop what listens there or choose another with --port"
             ) from None
+
+
+def _check_api_keys(config: AntiphonConfig, address: str | None) -> None:
+    """Find a bad file now, and not in an ingress; on a cluster it lies on other machines."""
+    if config.http.api_key_file is not None and address is None:
+        from antiphon.deployment.api_keys import read_key_file
+
+        read_key_file(Path(config.http.api_key_file))
 
 
 def _resolve_model(config: AntiphonConfig) -> None:
@@ -182,9 +194,7 @@ def _print_ready(config: AntiphonConfig, seconds: float) -> None:
     }
     typer.secho(f"\nready after {seconds:.1f} s: {base}/v1", fg="green", bold=True)
     typer.echo(f"  model    {config.model.name}")
-    with urllib.request.urlopen(f"{base}/workers", timeout=5) as answer:
-        workers = json.load(answer)
-    for worker in workers:
+    for worker in _workers():
         num_tokens = worker["num_blocks"] * worker["block_size"]
         kv_gib = num_tokens * worker["kv_bytes_per_token"] / 2**30
         typer.echo(
@@ -194,12 +204,25 @@ def _print_ready(config: AntiphonConfig, seconds: float) -> None:
     typer.echo(
         f"  ingress  {config.http.ingress_replicas} process, metrics at {base}/metrics/targets"
     )
+    typer.echo(f"  keys     {config.http.api_key_file or 'none: everybody may use it'}")
+    key = '-H "Authorization: Bearer $API_KEY" ' if config.http.api_key_file else ""
     typer.echo("\ntry it:\n")
     typer.echo(
-        f"curl -N {base}/v1/chat/completions -H 'Content-Type: application/json' "
+        f"curl -N {base}/v1/chat/completions {key}-H 'Content-Type: application/json' "
         f"-d '{json.dumps(body)}'"
     )
     typer.echo("\nCtrl-C stops it.")
+
+
+def _workers() -> list[dict[str, Any]]:
+    """What ``/workers`` answers, asked for by a way that needs no API key."""
+    from ray import serve
+
+    from antiphon.deployment.application import INGRESS_NAME
+
+    ingress = serve.get_deployment_handle(INGRESS_NAME, APP_NAME)
+    workers: list[dict[str, Any]] = ingress.list_workers.remote().result(timeout_s=_ANSWER_SECONDS)
+    return workers
 
 
 def _reachable_host(config: AntiphonConfig) -> str:

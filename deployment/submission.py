@@ -17,13 +17,8 @@ def submission(request_id: str, replay: Replay, decision: Decision) -> Submit:
     # Clients may name their requests, and two may choose one name: what workers see is unique.
     request_id = f"{request_id}-{secrets.token_hex(8)}"
     cards = (decision.prefill, *decision.alternates) if decision.prefill else ()
-    candidates = tuple(peer(card) for card in cards)
+    candidates = tuple(PrefillPeer.of(card) for card in cards)
     return Submit(request_id, replay.prompt_token_ids, replay.sampling, candidates)
-
-
-def peer(card: WorkerCard) -> PrefillPeer:
-    """A prefill worker as decode workers know it."""
-    return PrefillPeer(card.url, card.incarnation, card.replica_id)
 
 
 def describe(view: ClusterView, cards: Iterable[WorkerCard]) -> list[dict[str, Any]]:
@@ -32,5 +27,5 @@ def describe(view: ClusterView, cards: Iterable[WorkerCard]) -> list[dict[str, A
     for card in cards:
         known = view.get(card.incarnation)
         load = msgspec.to_builtins(known.load) if known is not None else None
-        described.append({**msgspec.to_builtins(card), "load": load})
+        described.append({**card.public(), "load": load})
     return sorted(described, key=lambda worker: (worker["role"], worker["replica_id"]))

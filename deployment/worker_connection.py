@@ -58,7 +58,9 @@ class WorkerConnection:
             LinkBrokenError: The worker cannot be reached.
             WorkerLostError: Another incarnation lives there now.
         """
-        session = await ClientSession.connect(card.url, client_id, wants_telemetry=True)
+        session = await ClientSession.connect(
+            card.url, client_id, card.session_key, wants_telemetry=True
+        )
         if session.card.incarnation != card.incarnation:
             await session.close()
             raise WorkerLostError(f"{card.url} is another incarnation now")

@@ -122,6 +122,7 @@ def test_a_key_like_no_other_lists_what_is_allowed():
             "101",
             "equal to 100",
         ),
+        ({"http": {"api_key_file": "keys"}}, "http.api_key_file", "'keys'", "match pattern '^/'"),
         ({"http": {"drain_seconds": "soon"}}, "http.drain_seconds", "'soon'", "valid number"),
         ({"tracing": {"endpoint": "c:4318"}}, "tracing.endpoint", "'c:4318'", "match pattern"),
         ({"tracing": {"sample_ratio": 5}}, "tracing.sample_ratio", "5", "less than or equal to 1"),
@@ -132,6 +133,11 @@ def test_a_wrong_value_names_key_value_and_what_is_allowed(data, key, value, all
     _, line = problems(data)
     assert line.startswith(f"  {key}: got {value}; ")
     assert allowed in line
+
+
+def test_metrics_ask_for_no_key_where_there_is_none():
+    _, line = problems({"http": {"metrics_need_key": True}})
+    assert "http.metrics_need_key is true, but http.api_key_file is not set" in line
 
 
 def test_all_problems_are_named_at_once():

@@ -52,7 +52,7 @@ CLIENT_MESSAGES = [
     Submit("r", [1], SamplingParams(5), (), TraceContext("x", "00-ab-cd-01", "vendor=x")),
     Prefill("r", "ab" * 16, [1, 2**32 - 1], 1, OFFER),
     Prefill("r", "ab" * 16, [1], 0, OFFER, TraceContext("x")),
-    PrefillPool((PrefillPeer("u", "i"), PrefillPeer("v", "j"))),
+    PrefillPool((PrefillPeer("u", "i"), PrefillPeer("v", "j", "r", "key"))),
     Prewarm(OFFER),
     Abort("r"),
 ]

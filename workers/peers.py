@@ -61,7 +61,9 @@ class Peers:
         on_message: Callable[[WorkerMessage], None],
         on_lost: Callable[[ClientSession], None],
     ) -> ClientSession:
-        session = await ClientSession.connect(peer.url, self._client_id, timeout=CONNECT_SECONDS)
+        session = await ClientSession.connect(
+            peer.url, self._client_id, peer.session_key, timeout=CONNECT_SECONDS
+        )
         if session.card.incarnation != peer.incarnation:
             await session.close()
             raise LinkBrokenError(f"another incarnation of the prefill worker is at {peer.url} now")

@@ -1,17 +1,13 @@
 """Worker sessions: one WebSocket between a client and a worker (protocol in ``antiphon.messages``).
 
-Sending never blocks: messages go to an outbox that one task drains, so a step's output is one write
-and what piled up behind a slow socket leaves together. A peer that reads nothing for too long, or
+A client that does not know the worker's key gets none. A peer that reads nothing for too long, or
 answers no ping, loses its session; the worker then aborts that session's requests.
 """
 
 import asyncio
-import contextlib
 import logging
-import socket
-from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import aiohttp
 import msgspec
@@ -29,73 +25,18 @@ from antiphon.messages import (
     decode_worker_message,
     encode,
 )
+from antiphon.workers.session_channel import Channel
+from antiphon.workers.session_key import knows_key, with_key
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0  # a peer that answers no ping for 1.5 of these is gone
 MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is 5 MB
-MAX_OUTBOX_MESSAGES = 10_000
 _HELLO_SECONDS = 10.0
-_CLOSE_SECONDS = 2.0
 _MAX_CLOSE_REASON = 120  # bytes that fit a WebSocket's close frame
 
-_Socket = web.WebSocketResponse | aiohttp.ClientWebSocketResponse
 
-
-class _Channel:
-    """A socket with an outbox."""
-
-    def __init__(self, ws: _Socket) -> None:
-        self._socket = ws
-        self._outbox: deque[bytes] = deque()
-        self._has_mail = asyncio.Event()
-        self._writer = asyncio.create_task(self._write())
-        self.is_closed = False
-
-    def send(self, message: Any) -> None:
-        """Queue a message; dropped if the session has ended (its owner is told separately)."""
-        if self.is_closed:
-            return
-        self._outbox.append(encode(message))
-        self._has_mail.set()
-        if len(self._outbox) > MAX_OUTBOX_MESSAGES:
-            logger.warning("session closed: its peer has not read %d messages", len(self._outbox))
-            self.cut()
-
-    def cut(self) -> None:
-        """End the session from this side, now; the reader sees the end of the socket."""
-        self.is_closed = True
-        self._writer.cancel()
-        # Closing politely waits for a peer to read that may never do so.
-        raw = self._socket.get_extra_info("socket")
-        if raw is not None:
-            with contextlib.suppress(OSError):  # it is closed already
-                raw.shutdown(socket.SHUT_RDWR)
-
-    async def close(self) -> None:
-        """Send what is queued if it goes quickly, then close."""
-        self.is_closed = True
-        self._has_mail.set()
-        _, unsent = await asyncio.wait({self._writer}, timeout=1.0)
-        if not unsent:
-            with contextlib.suppress(
-                TimeoutError, ConnectionError, RuntimeError, aiohttp.ClientError
-            ):
-                await asyncio.wait_for(self._socket.close(), _CLOSE_SECONDS)
-        self.cut()
-
-    async def _write(self) -> None:
-        try:
-            while not (self.is_closed and not self._outbox):
-                await self._has_mail.wait()
-                self._has_mail.clear()
-                while self._outbox:
-                    await self._socket.send_bytes(self._outbox.popleft())
-        except (ConnectionError, RuntimeError, aiohttp.ClientError):
-            self.is_closed = True  # the reader sees the same and tells the owner
-
-
-class Session(_Channel):
+class Session(Channel):
     """A worker's end of a session."""
 
     def __init__(self, ws: web.WebSocketResponse, hello: Hello) -> None:
@@ -121,10 +62,20 @@ class SessionHandler(Protocol):
 
 
 class SessionServer:
-    """Serves ``/session``, and ``/metrics`` for Prometheus, on one port."""
+    """Serves ``/session``, and ``/metrics`` for Prometheus, on one port.
 
-    def __init__(self, metrics: Callable[[], bytes]) -> None:
+    Args:
+        metrics: What ``/metrics`` answers, to anybody.
+        session_key: What clients of ``/session`` have to know.
+        on_refused: Told why a client got no session, for a counter: key, protocol or silent.
+    """
+
+    def __init__(
+        self, metrics: Callable[[], bytes], session_key: str, on_refused: Callable[[str], None]
+    ) -> None:
         self._metrics = metrics
+        self._session_key = session_key
+        self._on_refused = on_refused
         self._handler: SessionHandler | None = None
         self._runner: web.AppRunner | None = None
         self._sessions: set[Session] = set()
@@ -159,6 +110,10 @@ class SessionServer:
         return web.Response(body=self._metrics(), content_type="text/plain", charset="utf-8")
 
     async def _session(self, request: web.Request) -> web.StreamResponse:
+        if not knows_key(request.headers, self._session_key):
+            self._on_refused("key")
+            logger.warning("a session was refused: %s does not know the key", request.remote)
+            return web.Response(status=401, text="a session needs the key of this worker's card")
         handler = self._handler
         if handler is None:
             return web.Response(status=503, text="this worker is still starting")
@@ -188,7 +143,7 @@ class SessionServer:
         return ws
 
     async def _read_hello(self, ws: web.WebSocketResponse) -> Hello | None:
-        reason = f"this worker speaks protocol version {PROTOCOL_VERSION}"
+        kind, reason = "protocol", f"this worker speaks protocol version {PROTOCOL_VERSION}"
         try:
             raw = await ws.receive(timeout=_HELLO_SECONDS)
             if raw.type is not aiohttp.WSMsgType.BINARY:
@@ -197,16 +152,17 @@ class SessionServer:
             if isinstance(hello, Hello) and hello.protocol_version == PROTOCOL_VERSION:
                 return hello
         except TimeoutError:
-            reason = f"no hello within {_HELLO_SECONDS:.0f} s"
+            kind, reason = "silent", f"no hello within {_HELLO_SECONDS:.0f} s"
         except msgspec.DecodeError as error:
             reason = f"{reason}; unreadable hello: {error}"
+        self._on_refused(kind)
         logger.warning("a session was refused: %s", reason)
         code, message = aiohttp.WSCloseCode.PROTOCOL_ERROR, reason.encode()[:_MAX_CLOSE_REASON]
         await ws.close(code=code, message=message)
         return None
 
 
-class ClientSession(_Channel):
+class ClientSession(Channel):
     """A client's end of a session."""
 
     def __init__(self, http: aiohttp.ClientSession, ws: aiohttp.ClientWebSocketResponse) -> None:
@@ -218,18 +174,29 @@ class ClientSession(_Channel):
 
     @classmethod
     async def connect(
-        cls, url: str, client_id: str, *, wants_telemetry: bool = False, timeout: float = 5.0
+        cls,
+        url: str,
+        client_id: str,
+        session_key: str,
+        *,
+        wants_telemetry: bool = False,
+        timeout: float = 5.0,
     ) -> "ClientSession":
         """Open a session; read from it with ``start``.
 
         Raises:
-            LinkBrokenError: The worker is unreachable, too slow, or speaks another protocol.
+            LinkBrokenError: The worker is unreachable, too slow, has another key, or speaks another
+                protocol.
         """
         http, ws = aiohttp.ClientSession(), None
         try:
             async with asyncio.timeout(timeout):
                 ws = await http.ws_connect(
-                    url, heartbeat=HEARTBEAT_SECONDS, max_msg_size=MAX_MESSAGE_BYTES, compress=0
+                    url,
+                    headers=with_key(session_key),
+                    heartbeat=HEARTBEAT_SECONDS,
+                    max_msg_size=MAX_MESSAGE_BYTES,
+                    compress=0,
                 )
                 hello = encode(Hello(PROTOCOL_VERSION, client_id, wants_telemetry))
                 await ws.send_bytes(hello)
@@ -239,8 +206,7 @@ class ClientSession(_Channel):
             if ws is not None:  # has no socket any more, but still holds aiohttp's connection
                 await ws.close()
             if isinstance(error, (OSError, TimeoutError, aiohttp.ClientError, msgspec.DecodeError)):
-                reason = str(error) or "timed out"
-                raise LinkBrokenError(f"no session with {url}: {reason}") from error
+                raise LinkBrokenError(f"no session with {url}: {_explain(error)}") from error
             raise
         session = cls(http, ws)
         session.card = card
@@ -277,6 +243,12 @@ class ClientSession(_Channel):
                 on_closed()
             finally:
                 await self._http.close()
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, aiohttp.WSServerHandshakeError) and error.status == 401:
+        return "it has another key: another worker is there now"
+    return str(error) or "timed out"
 
 
 def _read_welcome(url: str, raw: aiohttp.WSMessage) -> WorkerCard:

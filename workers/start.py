@@ -44,6 +44,7 @@ from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.request_trace import WorkerTracing
 from antiphon.workers.scheduler import SchedulerConfig
 from antiphon.workers.session import SessionServer
+from antiphon.workers.session_key import new_session_key
 from antiphon.workers.worker import Closer, Worker
 from antiphon.workers.worker_metrics import WorkerMetrics
 
@@ -160,8 +161,9 @@ def cache_layout(layout: KVLayout, engine: EngineConfig, handoff: HandoffConfig)
 async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transport) -> Worker:
     """Serve sessions with a loaded model."""
     metrics = WorkerMetrics(settings.role.value)
-    server = SessionServer(metrics.render)
-    card = _card(settings, loaded, await server.listen(settings.host))
+    session_key = new_session_key()
+    server = SessionServer(metrics.render, session_key, metrics.session_refused)
+    card = _card(settings, loaded, await server.listen(settings.host), session_key)
     worker = Worker(card, server, metrics)
     engine = Engine(
         loaded.runner,
@@ -240,7 +242,7 @@ def _generate_service(
     return [prewarmer.close, peers.close, receiver.close], service
 
 
-def _card(settings: WorkerSettings, loaded: Loaded, port: int) -> WorkerCard:
+def _card(settings: WorkerSettings, loaded: Loaded, port: int, session_key: str) -> WorkerCard:
     return WorkerCard(
         replica_id=settings.replica_id,
         incarnation=uuid.uuid4().hex,
@@ -254,6 +256,7 @@ def _card(settings: WorkerSettings, loaded: Loaded, port: int) -> WorkerCard:
         wire_bytes_per_token=loaded.runner.cache.layout.num_wire_bytes_per_token,
         pid=os.getpid(),
         node=settings.host,
+        session_key=session_key,
     )
 
 

@@ -37,6 +37,9 @@ class WorkerMetrics(Metrics):
             "reason",
             values=("queue_full", "no_headroom", "draining"),
         )
+        self._session_refusals = self.counter(
+            "antiphon_session_refusals", "Clients that got no session here.", "reason"
+        )
         self._prewarm_failures = self.counter(
             "antiphon_handoff_prewarm_failures",
             "Links that could not be made before a request wanted them.",
@@ -86,6 +89,10 @@ class WorkerMetrics(Metrics):
     def refused(self, reason: str) -> None:
         """A request was refused as busy."""
         self._refusals.labels(self.role, reason).inc()
+
+    def session_refused(self, reason: str) -> None:
+        """A client got no session."""
+        self._session_refusals.labels(self.role, reason).inc()
 
     def prewarm_failed(self, reason: str) -> None:
         """A link could not be made before a request wanted it."""

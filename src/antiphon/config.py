@@ -189,6 +189,16 @@ class HttpConfig(_Section):
     drain_seconds: Annotated[float, Field(ge=0)] = Field(
         60.0, description="An ingress that is to stop finishes open requests for this long."
     )
+    api_key_file: Annotated[str, Field(pattern="^/")] | None = Field(
+        None,
+        description="A file with one API key per line, at this absolute path wherever an ingress "
+        "runs; read again when it changes. Without it everybody may use the endpoint.",
+    )
+    metrics_need_key: bool = Field(
+        False,
+        description="Ask for an API key at /metrics and /metrics/targets too; Prometheus then "
+        "sends one as its bearer token.",
+    )
 
 
 class MetricsConfig(_Section):
@@ -245,6 +255,12 @@ class AntiphonConfig(_Section):
                 if isinstance(section, Mapping) and "replicas" not in section:
                     data[pool] = {**section, "replicas": 1}
         return data
+
+    @model_validator(mode="after")
+    def _metrics_have_keys_to_ask_for(self) -> Self:
+        if self.http.metrics_need_key and self.http.api_key_file is None:
+            raise ValueError("http.metrics_need_key is true, but http.api_key_file is not set")
+        return self
 
     @model_validator(mode="after")
     def _somebody_decodes(self) -> Self:

@@ -6,6 +6,7 @@ speaks when it has something to say. Requests belong to the session they came ov
 the worker aborts them and frees their blocks.
 
     client                                   worker
+    (the handshake carries the worker's key: ``workers.session_key``)
     Hello            ->                      (refuses another protocol version by closing)
                      <-                      Welcome(card)
                      <-                      Telemetry(snapshot), then deltas without a gap
@@ -23,11 +24,11 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import NewType
+from typing import Any, NewType
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_PREFILL_CANDIDATES = 3  # of one request
 
 BlockHash = NewType("BlockHash", bytes)
@@ -91,6 +92,13 @@ class WorkerCard(msgspec.Struct, frozen=True):
     wire_bytes_per_token: int  # in a hand-off
     pid: int
     node: str
+    session_key: str = ""  # opens sessions with it
+
+    def public(self) -> dict[str, Any]:
+        """What anybody may know of a worker: all but its key."""
+        fields = msgspec.structs.asdict(self)
+        del fields["session_key"]
+        return fields
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -129,6 +137,12 @@ class PrefillPeer(msgspec.Struct, frozen=True):
     url: str
     incarnation: str
     replica_id: str = ""  # for people; empty where nobody knows it
+    session_key: str = ""  # as in its card
+
+    @classmethod
+    def of(cls, card: WorkerCard) -> "PrefillPeer":
+        """The peer that a card describes."""
+        return cls(card.url, card.incarnation, card.replica_id, card.session_key)
 
     @property
     def name(self) -> str:

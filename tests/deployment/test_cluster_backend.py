@@ -82,6 +82,31 @@ def test_a_pair_of_pools_answers_as_the_model_does() -> None:
     run(scenario())
 
 
+def test_a_stranger_reaches_no_worker_and_nobody_who_asks_gets_a_key() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        decode = await start(Role.DECODE, model)
+        stranger, backend = backend_for(Role.DECODE), backend_for(Role.DECODE)
+        found = msgspec.structs.replace(decode.card, session_key="guessed")
+        stranger.set_workers(Role.DECODE, {found.replica_id: found})
+        await connected(backend, Role.DECODE, decode)
+        (described,) = backend.describe_workers()
+        assert described["url"] == decode.card.url
+        assert decode.card.session_key not in str(described)
+
+        def num_refused() -> float:
+            return decode.metrics.count("antiphon_session_refusals_total", reason="key")
+
+        await until(lambda: num_refused() > 0)
+        assert not stranger.is_ready()[0]
+        assert backend.is_ready()[0]
+        await assert_idle(decode)
+        await close(stranger, backend, decode)
+
+    run(scenario())
+
+
 def test_the_next_best_prefill_worker_stands_in_for_one_that_hangs() -> None:
     model = tiny_model("llama")
     prompt = PROMPT * 5

@@ -15,7 +15,7 @@ from tiny_folder import save_tiny_model
 pytestmark = pytest.mark.e2e
 
 
-def test_serve_run_with_a_config_file_a_local_folder_and_colocated_workers(
+def test_serve_run_with_a_config_file_a_local_folder_colocated_workers_and_a_key(
     tmp_path: Path, smollm2_path: Path
 ) -> None:
     model = save_tiny_model(tmp_path / "my-model", smollm2_path)
@@ -25,7 +25,7 @@ def test_serve_run_with_a_config_file_a_local_folder_and_colocated_workers(
         "prefill": {"replicas": 0},
         "decode": {"replicas": 0},
         "colocated": {"replicas": 2, "num_cpus": 0.5},
-        "http": {"ingress_replicas": 2},
+        "http": {"ingress_replicas": 2, "api_key_file": str(tmp_path / "keys")},
         "metrics": {"vllm_names": True},
     }
     application = {
@@ -35,13 +35,19 @@ def test_serve_run_with_a_config_file_a_local_folder_and_colocated_workers(
         "args": arguments,
     }
     config = {"http_options": {"port": port}, "applications": [application]}
+    (tmp_path / "keys").write_text("sk-mine\n")
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
-    product = Product(["serve", "run", "serve.yaml"], port, tmp_path)
+    # local: not a cluster that happens to run on this machine
+    product = Product(["serve", "run", "--address", "local", "serve.yaml"], port, tmp_path)
     try:
-        product.wait_until_ready()
+        product.wait_until_ready()  # /ready asks for no key
         # Both ingresses know both workers.
         wait_for(lambda: product.metric("antiphon_router_workers", pool="colocated") == 4, 60)
         client = openai.OpenAI(base_url=f"{product.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        assert product.metric("antiphon_unauthorized_total", reason="unknown") == 1
+        client.api_key = product.api_key = "sk-mine"
         answer = client.chat.completions.create(
             model="mine", messages=[{"role": "user", "content": "Hello"}], max_tokens=5
         )
@@ -112,6 +118,10 @@ def test_mistakes_are_explained_before_anything_starts(tmp_path: Path) -> None:
     answer = run_antiphon("serve", "--model", str(tmp_path / "nothing"))
     assert answer.returncode == 2
     assert "nothing" in answer.stderr
+
+    answer = run_antiphon("serve", "--api-key-file", "no-keys", "--port", str(free_port()))
+    assert answer.returncode == 2
+    assert f"http.api_key_file: {Path('no-keys').absolute()} cannot be read" in answer.stderr
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -141,7 +141,8 @@ def test_a_restarted_worker_under_the_old_name_is_a_stranger(model: Any, role: R
             .isdisjoint({before.card.incarnation, card.incarnation})
         )
         assert await generate(backend, PROMPT) == expected
-        stale = PrefillPeer(workers[Role.PREFILL].card.url, "its earlier life")
+        card = workers[Role.PREFILL].card
+        stale = PrefillPeer(card.url, "its earlier life", session_key=card.session_key)
         client = await Client.connect(workers[Role.DECODE])
         assert await client.finish(client.submit(OTHER_PROMPT, 8, stale)) == [other_expected]
         await assert_idle(*workers.values())

@@ -70,7 +70,7 @@ async def start(
 
 def peer_of(worker: Worker) -> PrefillPeer:
     """How a decode worker is told of a prefill worker."""
-    return PrefillPeer(worker.card.url, worker.card.incarnation)
+    return PrefillPeer.of(worker.card)
 
 
 class Client:
@@ -85,7 +85,7 @@ class Client:
 
     @classmethod
     async def connect(cls, worker: Worker) -> "Client":
-        client = cls(await ClientSession.connect(worker.card.url, "test"))
+        client = cls(await ClientSession.connect(worker.card.url, "test", worker.card.session_key))
         client.session.start(client._on_message, lambda: None)
         return client
 

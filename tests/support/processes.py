@@ -40,6 +40,7 @@ class Product:
 
     def __init__(self, command: list[str], port: int, folder: Path) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self.api_key = "none"
         self.log = folder / "log"
         self._mark = uuid.uuid4().hex
         executable = Path(sys.executable).parent / command[0]
@@ -64,7 +65,9 @@ class Product:
         wait_for(is_ready, START_SECONDS, lambda: self.log.read_text())
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        headers = {"Authorization": f"Bearer {self.api_key}"}
+        request = urllib.request.Request(self.url + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
     def metric(self, name: str, **labels: str) -> float:

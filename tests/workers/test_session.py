@@ -29,9 +29,12 @@ from antiphon.messages import (
     encode,
 )
 from antiphon.workers import session as session_module
+from antiphon.workers import session_channel
 from antiphon.workers.peers import Peers
 from antiphon.workers.session import ClientSession, Session, SessionServer
+from antiphon.workers.session_key import new_session_key, with_key
 
+KEY = "k3y-of-the-worker"
 CARD = WorkerCard("r", "inc", Role.DECODE, "ws://x", "m", 16, 8, 128, 4, 4, 1, "node")
 
 
@@ -43,6 +46,7 @@ class Handler:
     def __init__(self) -> None:
         self.opened: list[Session] = []
         self.closed: list[Session] = []
+        self.refused: list[str] = []
         self.messages: list[ClientMessage] = []
         self.on_abort: Callable[[Session, str], None] = lambda session, request_id: session.send(
             Refused(request_id, "busy", "echo")
@@ -62,7 +66,8 @@ class Handler:
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[tuple[SessionServer, Handler, str]]:
-    server, handler = SessionServer(lambda: b"metrics"), Handler()
+    handler = Handler()
+    server = SessionServer(lambda: b"metrics", KEY, handler.refused.append)
     port = await server.listen("127.0.0.1")
     server.serve(handler)
     yield server, handler, f"ws://127.0.0.1:{port}/session"
@@ -72,7 +77,10 @@ async def serving() -> AsyncIterator[tuple[SessionServer, Handler, str]]:
 @asynccontextmanager
 async def raw_socket(url: str, **options: Any) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
     """A client that need not behave."""
-    async with aiohttp.ClientSession() as http, http.ws_connect(url, **options) as ws:
+    async with (
+        aiohttp.ClientSession() as http,
+        http.ws_connect(url, headers=with_key(KEY), **options) as ws,
+    ):
         yield ws
 
 
@@ -104,7 +112,7 @@ def test_messages_cross_in_order_and_both_ends_hear_of_the_close() -> None:
     async def scenario() -> None:
         async with serving() as (server, handler, url):
             heard = Listener()
-            client = await ClientSession.connect(url, "me")
+            client = await ClientSession.connect(url, "me", KEY)
             assert client.card == CARD
             client.start(heard.messages.append, heard.on_closed)
             for i in range(50):
@@ -120,10 +128,44 @@ def test_messages_cross_in_order_and_both_ends_hear_of_the_close() -> None:
     run(scenario())
 
 
+@pytest.mark.parametrize("headers", [{}, with_key("another"), with_key(""), with_key(KEY + "\xe9")])
+def test_a_stranger_gets_no_session(
+    headers: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with serving() as (server, handler, url), aiohttp.ClientSession() as http:
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await http.ws_connect(url, headers=headers)
+            assert refused.value.status == 401
+            assert handler.refused == ["key"]
+            assert not handler.opened
+            assert not server.sessions
+
+    run(scenario())
+    assert "127.0.0.1 does not know the key" in caplog.text
+    assert KEY not in caplog.text
+
+
+def test_a_client_with_another_key_is_told_so_and_neither_key_is_named() -> None:
+    async def scenario() -> None:
+        async with serving() as (_, _handler, url):
+            with pytest.raises(LinkBrokenError, match="it has another key") as refused:
+                await ClientSession.connect(url, "me", "wrong one")
+            assert "wrong one" not in str(refused.value)
+
+    run(scenario())
+
+
+def test_every_worker_has_a_key_of_its_own() -> None:
+    keys = {new_session_key() for _ in range(20)}
+    assert len(keys) == 20
+    assert min(map(len, keys)) >= 43  # 256 bits
+
+
 def test_what_was_queued_is_sent_before_a_close() -> None:
     async def scenario() -> None:
         async with serving() as (_, handler, url):
-            client = await ClientSession.connect(url, "me")
+            client = await ClientSession.connect(url, "me", KEY)
             client.send(Abort("last words"))
             await client.close()
             await until(lambda: handler.messages == [Abort("last words")])
@@ -135,12 +177,12 @@ def test_a_server_that_closes_tells_its_clients() -> None:
     async def scenario() -> None:
         heard = Listener()
         async with serving() as (_, _handler, url):
-            client = await ClientSession.connect(url, "me")
+            client = await ClientSession.connect(url, "me", KEY)
             client.start(heard.messages.append, heard.on_closed)
         await until(lambda: heard.num_closed == 1)
         assert client.is_closed
         with pytest.raises(LinkBrokenError, match="no session with"):
-            await ClientSession.connect(url, "me")
+            await ClientSession.connect(url, "me", KEY)
 
     run(scenario())
 
@@ -166,6 +208,7 @@ def test_a_client_of_another_protocol_is_refused_with_a_reason(hello: bytes) -> 
             raw = await ws.receive(timeout=5)
             assert raw.type is aiohttp.WSMsgType.CLOSE
             assert f"speaks protocol version {PROTOCOL_VERSION}" in raw.extra
+            assert handler.refused == ["protocol"]
             assert not handler.opened
             assert not server.sessions
 
@@ -176,10 +219,11 @@ def test_a_client_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(session_module, "_HELLO_SECONDS", 0.05)
 
     async def scenario() -> None:
-        async with serving() as (_, _handler, url), raw_socket(url) as ws:
+        async with serving() as (_, handler, url), raw_socket(url) as ws:
             raw = await ws.receive(timeout=5)
             assert raw.type is aiohttp.WSMsgType.CLOSE
             assert raw.extra.startswith("no hello")
+            assert handler.refused == ["silent"]
 
     run(scenario())
 
@@ -187,7 +231,7 @@ def test_a_client_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monkey
 def test_an_unreadable_message_ends_its_session_alone() -> None:
     async def scenario() -> None:
         async with serving() as (_, handler, url):
-            other, heard = await ClientSession.connect(url, "other"), Listener()
+            other, heard = await ClientSession.connect(url, "other", KEY), Listener()
             other.start(heard.messages.append, heard.on_closed)
             async with raw_socket(url) as ws:
                 await ws.send_bytes(encode(Hello(PROTOCOL_VERSION, "me", False)))
@@ -209,7 +253,7 @@ def test_a_message_that_breaks_its_handler_ends_its_session_and_is_cleaned_up() 
                 raise KeyError(request_id)
 
             handler.on_abort = fail
-            client, heard = await ClientSession.connect(url, "me"), Listener()
+            client, heard = await ClientSession.connect(url, "me", KEY), Listener()
             client.start(heard.messages.append, heard.on_closed)
             client.send(Abort("x"))
             await until(lambda: heard.num_closed == 1)
@@ -227,7 +271,7 @@ def test_a_client_that_cannot_handle_a_message_is_told_that_the_session_ended() 
             def fail(message: WorkerMessage) -> None:
                 raise KeyError("no")
 
-            client = await ClientSession.connect(url, "me")
+            client = await ClientSession.connect(url, "me", KEY)
             client.start(fail, heard.on_closed)
             client.send(Abort("x"))
             await until(lambda: heard.num_closed == 1)
@@ -237,8 +281,8 @@ def test_a_client_that_cannot_handle_a_message_is_told_that_the_session_ended() 
 
 
 def test_a_peer_that_reads_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "MAX_OUTBOX_MESSAGES", 20)
-    monkeypatch.setattr(session_module, "_CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(session_channel, "MAX_OUTBOX_MESSAGES", 20)
+    monkeypatch.setattr(session_channel, "_CLOSE_SECONDS", 0.2)
 
     async def scenario() -> None:
         async with serving() as (server, handler, url), raw_socket(url) as ws:
@@ -296,7 +340,10 @@ def test_a_worker_that_hangs_loses_its_clients(monkeypatch: pytest.MonkeyPatch) 
     async def scenario() -> None:
         worker = await asyncio.start_server(hang, "127.0.0.1", 0)
         port = worker.sockets[0].getsockname()[1]
-        client, heard = await ClientSession.connect(f"ws://127.0.0.1:{port}/", "me"), Listener()
+        client, heard = (
+            await ClientSession.connect(f"ws://127.0.0.1:{port}/", "me", KEY),
+            Listener(),
+        )
         client.start(heard.messages.append, heard.on_closed)
         await until(lambda: heard.num_closed == 1, seconds=5)
         worker.close()
@@ -309,8 +356,8 @@ def test_connecting_is_bounded_and_leaves_nothing_open() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
             url = f"ws://127.0.0.1:{silent.getsockname()[1]}/session"
             with pytest.raises(LinkBrokenError, match="timed out"):
-                await ClientSession.connect(url, "me", timeout=0.05)
-            connecting = asyncio.create_task(ClientSession.connect(url, "me"))
+                await ClientSession.connect(url, "me", KEY, timeout=0.05)
+            connecting = asyncio.create_task(ClientSession.connect(url, "me", KEY))
             await asyncio.sleep(0.05)
             connecting.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -321,10 +368,10 @@ def test_connecting_is_bounded_and_leaves_nothing_open() -> None:
 
 def test_a_worker_without_a_handler_is_still_starting() -> None:
     async def scenario() -> None:
-        server = SessionServer(lambda: b"metrics")
+        server = SessionServer(lambda: b"metrics", KEY, print)
         port = await server.listen("127.0.0.1")
         with pytest.raises(LinkBrokenError, match="503"):
-            await ClientSession.connect(f"ws://127.0.0.1:{port}/session", "me")
+            await ClientSession.connect(f"ws://127.0.0.1:{port}/session", "me", KEY)
         await server.close()
 
     run(scenario())
@@ -335,7 +382,7 @@ def test_requests_share_one_session_with_a_peer_and_a_failure_is_not_remembered(
         lost: list[ClientSession] = []
         peers = Peers("me")
         async with serving() as (_, handler, url):
-            stranger = PrefillPeer(url, "other")
+            stranger = PrefillPeer(url, "other", session_key=KEY)
             nowhere = PrefillPeer("ws://127.0.0.1:9/session", "inc")
             for peer in (stranger, nowhere):
                 failed = await asyncio.gather(
@@ -343,7 +390,7 @@ def test_requests_share_one_session_with_a_peer_and_a_failure_is_not_remembered(
                     return_exceptions=True,
                 )
                 assert {type(error) for error in failed} == {LinkBrokenError}
-            peer = PrefillPeer(url, "inc")
+            peer = PrefillPeer(url, "inc", session_key=KEY)
             asking = [asyncio.create_task(peers.get(peer, print, lost.append)) for _ in range(3)]
             await asyncio.sleep(0)
             asking[0].cancel()  # one request's abort takes nothing from the others

@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from msgspec import structs
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import VOCAB_SIZE, oracle, tiny_model
 
@@ -135,7 +136,7 @@ def test_unreachable_and_restarted_prefill_workers_are_done_without() -> None:
     async def scenario() -> None:
         prefill, decode, client = await pair(model)
         nowhere = PrefillPeer("ws://127.0.0.1:9/session", "gone")
-        stranger = PrefillPeer(prefill.card.url, "an earlier incarnation")
+        stranger = structs.replace(peer_of(prefill), incarnation="an earlier incarnation")
         for peer in (nowhere, stranger):
             request_id = client.submit(prompt, MAX_TOKENS, peer)
             assert await client.finish(request_id) == [expected]
