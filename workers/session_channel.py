@@ -8,6 +8,7 @@ its session.
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections import deque
 from typing import Any
@@ -53,7 +54,7 @@ class Channel:
         raw = self._socket.get_extra_info("socket")
         if raw is not None:
             with contextlib.suppress(OSError):  # it is closed already
-                raw.shutdown(socket.SHUT_RDWR)
+                _shut_down(raw.fileno())
 
     async def close(self) -> None:
         """Send what is queued if it goes quickly, then close."""
@@ -76,3 +77,9 @@ class Channel:
                     await self._socket.send_bytes(self._outbox.popleft())
         except (ConnectionError, RuntimeError, aiohttp.ClientError):
             self.is_closed = True  # the reader sees the same and tells the owner
+
+
+def _shut_down(descriptor: int) -> None:
+    """End a connection under its event loop, which may be uvloop: its sockets cannot do this."""
+    with socket.socket(fileno=os.dup(descriptor)) as copy:
+        copy.shutdown(socket.SHUT_RDWR)

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import uvloop
 from pools import until
 
 from antiphon.errors import LinkBrokenError
@@ -93,6 +94,12 @@ class Listener:
         self.num_closed += 1
 
 
+@pytest.fixture(autouse=True, params=[asyncio.new_event_loop, uvloop.new_event_loop])
+def event_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray runs its actors on uvloop where that is installed, as it is beside Serve."""
+    monkeypatch.setattr(asyncio, "new_event_loop", request.param)
+
+
 def run(test: Coroutine[Any, Any, None]) -> None:
     """Run a scenario; nothing may be left on the loop by its end."""
 
@@ -104,7 +111,8 @@ def run(test: Coroutine[Any, Any, None]) -> None:
         await until(lambda: not [t for t in asyncio.all_tasks() if t is not asyncio.current_task()])
         assert not problems
 
-    asyncio.run(checked())
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        runner.run(checked())
     gc.collect()  # what was left open is reported by the test that left it
 
 
