@@ -17,6 +17,7 @@ from antiphon.config import AntiphonConfig, PoolConfig, parse_config, read_yaml
 from antiphon.errors import ConfigError
 
 IMPORT_PATH = "antiphon.deployment.application:app"
+_CHART_KEYS = "/etc/antiphon/api-keys"  # where its pods have the file of API keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,18 @@ def documents_in(data: dict[str, Any], path: Path) -> list[Document]:
     if "applications" in data:
         return _of_applications(path, data["applications"])
     if "config" in data:
-        return [Document(f"{path}: config", data["config"])]
+        return [Document(f"{path}: config", _of_chart(data["config"], data.get("apiKeys")))]
     return [Document(str(path), data)]
+
+
+def _of_chart(config: Any, keys: Any) -> Any:
+    """The document as the chart completes it: it says where it mounts the file of API keys."""
+    http = config.get("http") or {} if isinstance(config, dict) else None
+    has_keys = isinstance(keys, dict) and (keys.get("keys") or keys.get("existingSecret"))
+    if not has_keys or not isinstance(http, dict):
+        return config  # the parser will say what is wrong with it
+    file = f"{_CHART_KEYS}/{keys.get('secretKey', 'keys')}"
+    return {**config, "http": {"api_key_file": file, **http}}
 
 
 def _of_applications(path: Path, applications: Any) -> list[Document]:

@@ -60,7 +60,7 @@ def read_config(path: Path | None) -> AntiphonConfig:
     config = parse(documents[0])
     if "applications" in text:
         return parse_config({**config.model_dump(), "http": _serve_http(config.http, text)})
-    if documents[0].data is text.get("config"):
+    if documents[0].data is not text:  # values of the chart
         return parse_config({**config.model_dump(), **_chart_sections(config)})
     return config
 

@@ -102,6 +102,12 @@ def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
     assert "none.yaml: cannot be read" in result.stderr
 
 
+@pytest.mark.parametrize(("keys", "exit_code"), [({"keys": ["a"]}, 0), ({"keys": []}, 1)])
+def test_the_chart_s_file_of_keys_counts(tmp_path: Path, keys: Any, exit_code: int) -> None:
+    values = {"config": {"http": {"metrics_need_key": True}}, "apiKeys": keys}
+    assert run(tmp_path, "check", values).exit_code == exit_code
+
+
 @pytest.mark.parametrize("content", ["", "config:\n", "config: {}\n"])
 def test_an_empty_document_is_the_default(tmp_path: Path, content: str) -> None:
     result = run(tmp_path, "show", content)

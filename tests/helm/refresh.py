@@ -3,11 +3,20 @@
 import tempfile
 from pathlib import Path
 
-from helm_chart import EXAMPLES, GOLDEN, README, SCHEMA, Helm, readme_text, schema_text
+from helm_chart import (
+    EXAMPLES,
+    GOLDEN,
+    README,
+    SCHEMA,
+    Helm,
+    golden_text,
+    readme_text,
+    schema_text,
+)
 
 SCHEMA.write_text(schema_text())
 README.write_text(readme_text())
 with tempfile.TemporaryDirectory() as folder:
     helm = Helm(Path(folder))
     for example in EXAMPLES:
-        (GOLDEN / example.name).write_text(helm.render(example))
+        (GOLDEN / example.name).write_text(golden_text(helm.render(example)))

@@ -55,10 +55,30 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"terminationGracePeriodSeconds": 90},
         "may take 60 s to finish, and 40 s are needed around that: at least 100",
     ),
+    ({"apiKeys": {"keys": ["with blank"]}}, "at '/apiKeys/keys/0': 'with blank' does not match"),
+    ({"apiKeys": {"keys": ["#comment"]}}, "at '/apiKeys/keys/0': '#comment' does not match"),
+    ({"config": {"http": {"api_key_file": "keys"}}}, "at '/config/http/api_key_file': 'keys'"),
     (
-        {"podMonitor": {"enabled": True}, "config": {"http": {"ingress_replicas": 2}}},
-        "podMonitor.enabled: config.http.ingress_replicas is 2",
+        {"apiKeys": {"keys": ["k"], "existingSecret": "s"}},
+        "apiKeys.keys and apiKeys.existingSecret are both set; put all keys into the Secret s",
     ),
+    (
+        {"apiKeys": {"keys": ["k"]}, "config": {"http": {"api_key_file": "/keys"}}},
+        "config.http.api_key_file is /keys, but with apiKeys the chart sets it",
+    ),
+    (
+        {"config": {"http": {"metrics_need_key": True}}},
+        "config.http.metrics_need_key is true, but apiKeys has no keys",
+    ),
+    (
+        {
+            "apiKeys": {"keys": ["k"]},
+            "config": {"http": {"metrics_need_key": True}},
+            "scrapeConfig": {"enabled": True},
+        },
+        "scrapeConfig.keySecret.name: config.http.metrics_need_key is true",
+    ),
+    ({"scrapeConfig": {"prometheusPeers": []}}, "minItems: got 0, want 1"),
     (
         {"modelCache": {"persistentVolumeClaim": {"existingClaim": "cache"}}},
         "existingClaim is set but modelCache.persistentVolumeClaim.enabled is false",

@@ -55,6 +55,8 @@ def unpack_helm(folder: Path) -> Path:
 class Helm:
     """The binary, with a home of its own."""
 
+    chart = CHART
+
     def __init__(self, folder: Path) -> None:
         self._binary = unpack_helm(folder)
         self._env = {**os.environ, "HOME": str(folder)}
@@ -77,7 +79,7 @@ class Helm:
         arguments = ["--values", str(example)] if example else []
         for key, value in (overrides or {}).items():
             arguments += ["--set-json", f"{key}={json.dumps(value)}"]
-        return self.run("template", RELEASE, str(CHART), "--namespace", "serving", *arguments)
+        return self.run("template", RELEASE, str(self.chart), "--namespace", "serving", *arguments)
 
     def render(
         self, example: Path | None = None, overrides: Mapping[str, Any] | None = None
@@ -85,6 +87,14 @@ class Helm:
         answer = self.template(example, overrides)
         assert answer.returncode == 0, answer.stderr
         return answer.stdout
+
+
+def golden_text(rendered: str) -> str:
+    """What a golden file holds: all but the objects that are copies of files of the chart."""
+    source = "# Source: antiphon/templates/"
+    copies = (f"{source}dashboards.yaml", f"{source}prometheusrule.yaml")
+    documents = rendered.split("---\n")
+    return "---\n".join(text for text in documents if not text.startswith(copies))
 
 
 def objects(rendered: str) -> list[dict[str, Any]]:

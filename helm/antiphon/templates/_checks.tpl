@@ -25,9 +25,17 @@
 {{- if lt (int .Values.terminationGracePeriodSeconds) $needed -}}
 {{- fail (printf "terminationGracePeriodSeconds: got %d; requests on a pod that leaves may take %v s to finish, and 40 s are needed around that: at least %d" (int .Values.terminationGracePeriodSeconds) $drain $needed) -}}
 {{- end -}}
-{{- $ingresses := $http.ingress_replicas | default 1 | int -}}
-{{- if and .Values.podMonitor.enabled (gt $ingresses 1) -}}
-{{- fail (printf "podMonitor.enabled: config.http.ingress_replicas is %d, and a scrape of /metrics through Serve reaches any one of them, so counters would jump; use one ingress, or scrape otherwise" $ingresses) -}}
+{{- if and .Values.apiKeys.keys .Values.apiKeys.existingSecret -}}
+{{- fail (printf "apiKeys.keys and apiKeys.existingSecret are both set; put all keys into the Secret %s" .Values.apiKeys.existingSecret) -}}
+{{- end -}}
+{{- if and $http.api_key_file (include "antiphon.keyFile" .) -}}
+{{- fail (printf "config.http.api_key_file is %s, but with apiKeys the chart sets it" $http.api_key_file) -}}
+{{- end -}}
+{{- if and $http.metrics_need_key (not (or $http.api_key_file (include "antiphon.keyFile" .))) -}}
+{{- fail "config.http.metrics_need_key is true, but apiKeys has no keys" -}}
+{{- end -}}
+{{- if and .Values.scrapeConfig.enabled $http.metrics_need_key (not .Values.scrapeConfig.keySecret.name) -}}
+{{- fail "scrapeConfig.keySecret.name: config.http.metrics_need_key is true, so Prometheus needs one of the keys: name a Secret that holds it alone" -}}
 {{- end -}}
 {{- if and .Values.modelCache.persistentVolumeClaim.existingClaim (not .Values.modelCache.persistentVolumeClaim.enabled) -}}
 {{- fail "modelCache.persistentVolumeClaim.existingClaim is set but modelCache.persistentVolumeClaim.enabled is false" -}}

@@ -41,6 +41,17 @@ app.kubernetes.io/part-of: antiphon
 {{- end -}}
 {{- end -}}
 
+{{- define "antiphon.keySecret" -}}
+{{- .Values.apiKeys.existingSecret | default (printf "%s-api-keys" (include "antiphon.name" .)) -}}
+{{- end -}}
+
+{{/* Where the file of API keys lies in the pods of workers, or nothing. */}}
+{{- define "antiphon.keyFile" -}}
+{{- if or .Values.apiKeys.keys .Values.apiKeys.existingSecret -}}
+/etc/antiphon/api-keys/{{ .Values.apiKeys.secretKey }}
+{{- end -}}
+{{- end -}}
+
 {{- define "antiphon.cacheClaim" -}}
 {{- .Values.modelCache.persistentVolumeClaim.existingClaim | default (printf "%s-cache" (include "antiphon.name" .)) -}}
 {{- end -}}

@@ -4,6 +4,9 @@
 {{- define "antiphon.pod" -}}
 {{- $root := .root -}}
 {{- $isHead := eq .component "head" -}}
+{{- /* Where an ingress may start. There is no checksum of the keys in the template, which would start a
+       second cluster: the kubelet brings changes, and an ingress looks once a second. */}}
+{{- $hasKeys := and (not $isHead) (include "antiphon.keyFile" $root) -}}
 metadata:
   labels:
     {{- include "antiphon.selectorLabels" $root | nindent 4 }}
@@ -97,8 +100,19 @@ spec:
         {{- include "antiphon.containerSecurity" . | nindent 8 }}
       volumeMounts:
         {{- include "antiphon.mounts" $root | nindent 8 }}
+        {{- if $hasKeys }}
+        - name: api-keys
+          mountPath: {{ dir (include "antiphon.keyFile" $root) }}
+          readOnly: true
+        {{- end }}
   volumes:
     {{- include "antiphon.volumes" $root | nindent 4 }}
+    {{- if $hasKeys }}
+    - name: api-keys
+      secret:
+        secretName: {{ include "antiphon.keySecret" $root }}
+        defaultMode: 0440
+    {{- end }}
 {{- end -}}
 
 {{- define "antiphon.containerSecurity" -}}

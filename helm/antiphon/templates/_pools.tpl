@@ -64,6 +64,9 @@ resources: {{ $offered | toJson }}
 {{- /* Not on the head, whose loss would take it along; any number of them fits on one pod. */}}
 {{- $http := get $config "http" | default dict -}}
 {{- $_ := set $http "resources" (merge (dict "antiphon_ingress" 0.001) ($http.resources | default dict)) -}}
+{{- with include "antiphon.keyFile" . }}
+{{- $_ := set $http "api_key_file" . -}}
+{{- end -}}
 {{- $_ := set $config "http" $http -}}
 proxy_location: EveryNode
 http_options:
