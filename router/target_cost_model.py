@@ -14,9 +14,9 @@ that it computes are for streams elsewhere.
 from antiphon.messages import Load, Role, WorkerCard
 from antiphon.router.cost_model import CostModel
 
-# A prompt that takes as long beside streams counts as if it lasted: an output of a few tokens may
-# meet nothing else. Shorter ones count in proportion.
-_LASTING_SECONDS = 1.0
+# A prompt that takes as long beside streams counts as if it lasted: it is most of what an output of
+# a few dozen tokens meets. Shorter ones count in proportion.
+_LASTING_SECONDS = 3.0
 # From KV in place to the first token: half of the step in progress, and one of its own.
 _FIRST_STEPS = 1.5
 _MAX_PROMPT_SHARE = 0.99
@@ -36,6 +36,10 @@ class TargetCostModel(CostModel):
         """See ``CostModel``; steps are as long as prompts make them."""
         gap = self._recent_gap_seconds(load, max(load.num_decoding, 1))
         return gap * (_FIRST_STEPS + load.num_waiting)
+
+    def stall_seconds(self, load: Load, num_tokens: int) -> float:
+        """Nothing: what streams pay is held against their target instead."""
+        return 0.0
 
     def step_seconds(self, load: Load, num_streams: int) -> float:
         """Predict a step without prompt tokens."""

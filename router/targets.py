@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from antiphon.config import RouterConfig
 
-# Shares of a target up to which a prediction is a promise. Queues move more than steps do: a burst
-# doubles what was predicted just before it, while the streams of a worker come and go one by one.
-_SAFE_TTFT_SHARE = 0.5
-_SAFE_ITL_SHARE = 0.75
+# Shares of a target up to which nobody asks for another choice. Queues move more than steps do: a
+# burst doubles what was predicted just before it, while streams come and go one by one. Both are
+# low because what is not shared out in time cannot be later: streams stay where they began.
+_SAFE_TTFT_SHARE = 0.3
+_SAFE_ITL_SHARE = 0.5
 # Strains closer than this are equal.
 _CLEARLY_LESS = 0.98
 # To leave without less strain, for the time to the first token alone, takes more.

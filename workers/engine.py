@@ -68,7 +68,7 @@ class Engine:
     ) -> None:
         self.stats = EngineStats()
         self._runner = runner
-        self._step_times = StepTimes(target_itl_seconds)
+        self._step_times = StepTimes(target_itl_seconds, config.max_batch_tokens)
         self.pool = BlockPool(runner.cache.num_blocks, runner.cache.block_size)
         self._scheduler = Scheduler(config, self.pool, self._step_times.prompt_limit)
         self._listener = listener
@@ -143,9 +143,7 @@ class Engine:
 
     def load(self, scheduler: Scheduler) -> Load:
         """How busy the engine is; on the engine thread only."""
-        prompt_tokens, prompt_gap = self._step_times.prompt_step(
-            scheduler.num_decoding, scheduler.config.max_batch_tokens
-        )
+        prompt_tokens, prompt_gap = self._step_times.prompt_step(scheduler.num_decoding)
         return Load(
             num_running=scheduler.num_running + scheduler.num_awaiting_kv,
             num_waiting=scheduler.num_waiting,

@@ -163,13 +163,13 @@ class RouterConfig(_Section):
     )
     target_ttft_seconds: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="Wanted time to the first token. Where a pair would miss it, a decode worker "
-        "may compute the prompt.",
+        description="Wanted time to the first token. Where a pair comes close to it, a decode "
+        "worker may compute the prompt.",
     )
     target_itl_seconds: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="Wanted time between two tokens. Where decode would miss it, a prefill worker "
-        "may generate; and prompts get only the part of a step that running streams leave.",
+        description="Wanted time between two tokens. Where decode comes close to it, a prefill "
+        "worker may generate; and prompts get only the part of a step that running streams leave.",
     )
 
 

@@ -63,7 +63,7 @@ def test_decode_computes_a_prompt_that_would_wait_too_long_for_prefill(cluster):
 
 
 def test_a_short_queue_is_no_reason_to_leave_the_pair(cluster):
-    assert choose(policy(), pair(cluster, {"num_queued_tokens": 400})).reason is Reason.REMOTE
+    assert choose(policy(), pair(cluster, {"num_queued_tokens": 100})).reason is Reason.REMOTE
 
 
 def test_decode_with_a_queue_of_its_own_is_no_way_out(cluster):
@@ -100,7 +100,9 @@ def test_prefill_keeps_a_request_that_decode_has_no_room_for(cluster):
 
 
 def test_decode_within_the_target_keeps_its_requests(cluster):
-    assert choose(policy(), pair(cluster, decode=streams(5))).reason is Reason.REMOTE
+    full_enough = pair(cluster, decode=streams(5))  # 70 ms
+    assert choose(policy(itl=0.15), full_enough).reason is Reason.REMOTE
+    assert choose(policy(itl=0.1), full_enough).reason is Reason.PREFILL_ALONE
     assert choose(policy(), pair(cluster), SHORT).reason is Reason.SHORT
 
 
@@ -153,6 +155,7 @@ def test_a_prefill_worker_with_less_context_generates_nothing(cluster):
 
 def test_a_prefill_worker_with_streams_is_slower_and_another_is_taken(cluster):
     view = cluster.view(prefill=2, decode=1)
+    set_load(cluster, view, "d0", **MEASURED)
     set_load(cluster, view, "p0", **streams(4))  # 16 tokens in 90 ms
     set_load(cluster, view, "p1", num_queued_tokens=600)
     assert choose(policy(ttft=None), view).prefill.incarnation == "p1"
@@ -244,7 +247,7 @@ def test_leaving_the_pair_is_cheap(cluster):
 
 def test_targets_compare_by_the_larger_ratio():
     targets = Targets(RouterConfig(target_ttft_seconds=2.0, target_itl_seconds=0.1))
-    late, stalled, fine = Predicted(3.0, 0.05), Predicted(0.5, 0.12), Predicted(0.9, 0.07)
+    late, stalled, fine = Predicted(3.0, 0.05), Predicted(0.5, 0.12), Predicted(0.5, 0.04)
     assert [targets.are_safe(p) for p in (late, stalled, fine)] == [False, False, True]
     assert targets.better(late, [stalled]) == 0
     assert targets.better(stalled, [late]) is None
@@ -255,11 +258,11 @@ def test_targets_compare_by_the_larger_ratio():
 
 def test_within_the_safe_share_only_much_quicker_counts():
     targets = Targets(RouterConfig(target_ttft_seconds=2.0, target_itl_seconds=0.1))
-    slow = Predicted(1.2, 0.05)
+    slow = Predicted(0.9, 0.04)
     assert not targets.are_safe(slow)
-    assert targets.better(slow, [Predicted(1.0, 0.05)]) is None
-    assert targets.better(slow, [Predicted(0.5, 0.07)]) == 0
-    assert targets.better(slow, [Predicted(0.5, 0.09)]) is None  # not at a stream's cost
+    assert targets.better(slow, [Predicted(0.7, 0.04)]) is None
+    assert targets.better(slow, [Predicted(0.5, 0.05)]) == 0
+    assert targets.better(slow, [Predicted(0.5, 0.06)]) is None  # not at a stream's cost
 
 
 def test_nothing_strains_without_targets():
