@@ -78,7 +78,7 @@ def test_a_failed_attempt_is_told_and_lies_before_the_computing() -> None:
     model = tiny_model("llama")
 
     async def whole() -> None:
-        prefill, decode, client = await pair(model, FaultPlan({2: Fault.CORRUPT_PAYLOAD}))
+        prefill, decode, client = await pair(model, FaultPlan({1: Fault.CORRUPT_PAYLOAD}))
         backend = await backend_over(prefill, decode)
         journey = await travel(backend, PROMPT)
         assert journey.timing is not None

@@ -178,7 +178,7 @@ def test_a_trace_begins_here_without_a_client_s(collector: Collector) -> None:
 
 def test_a_failed_prefill_attempt_is_in_the_trace(collector: Collector) -> None:
     async def scenario() -> None:
-        plan = FaultPlan({2: Fault.CORRUPT_PAYLOAD})
+        plan = FaultPlan({1: Fault.CORRUPT_PAYLOAD})
         async with system(config_for(collector), plan) as running:
             assert (await running.ask()).status_code == 200
 
