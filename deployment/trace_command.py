@@ -21,10 +21,13 @@ def trace(
         str, typer.Option(help="The endpoint; any ingress finds what any of them served.")
     ] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    api_key: Annotated[
+        str, typer.Option(envvar="ANTIPHON_API_KEY", help="Where the endpoint asks for a key.")
+    ] = "",
 ) -> None:
     """Print the timeline of a request, open or ended; exits with 1 if no ingress remembers it."""
     path = urllib.parse.quote(request_id, safe="")
-    body = _get(f"{url.rstrip('/')}/requests/{path}")
+    body = _get(f"{url.rstrip('/')}/requests/{path}", api_key)
     if as_json:
         typer.echo(json.dumps(json.loads(body), indent=2))
         return
@@ -36,11 +39,13 @@ def trace(
         typer.echo(line)
 
 
-def _get(url: str) -> bytes:
+def _get(url: str, api_key: str) -> bytes:
     if not url.startswith(("http://", "https://")):
         _fail(2, f"{url}: begins with neither http:// nor https://")
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
+        request = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
             body: bytes = answer.read()
             return body
     except urllib.error.HTTPError as error:

@@ -1,6 +1,7 @@
 """``antiphon trace`` against ingresses that serve HTTP, and what their journals remember."""
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,11 @@ from scripted_backend import CharTokenizer, Gate, ScriptedBackend, says, serving
 from typer.testing import CliRunner, Result
 
 from antiphon.config import parse_config
+from antiphon.deployment.api_keys import ApiKeys
 from antiphon.deployment.cli import app as command
-from antiphon.deployment.http_app import create_app
+from antiphon.deployment.http_app import Guard, create_app
+from antiphon.deployment.http_auth import ApiKeyMiddleware
+from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal, OpenRequest
 from antiphon.deployment.journey import Journey
 from antiphon.deployment.request_search import add_request_route
@@ -54,26 +58,41 @@ class Ingresses:
         ]  # fmt: skip
 
     @contextlib.contextmanager
-    def serving(self) -> Iterator[list[str]]:
+    def serving(self, guard: Guard | None = None) -> Iterator[list[str]]:
         with contextlib.ExitStack() as stack:
             urls = []
             for journal in self.journals:
                 app = create_app(
-                    self.backend, CharTokenizer(), max_concurrent_requests=4, journal=journal
+                    self.backend,
+                    CharTokenizer(),
+                    max_concurrent_requests=4,
+                    journal=journal,
+                    guard=guard,
                 )
                 add_request_route(app, self.ask_all, journal)
                 urls.append(stack.enter_context(serving(app)))
             yield urls
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(command, ["trace", *arguments])
+def run(*arguments: str, api_key: str = "") -> Result:
+    return CliRunner().invoke(command, ["trace", *arguments], env={"ANTIPHON_API_KEY": api_key})
 
 
 def ask(url: str, request_id: str, **more: Any) -> int:
     headers = {"X-Request-Id": request_id}
     body = {**BODY, **more}
     return httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=20).status_code
+
+
+def test_an_endpoint_with_keys_wants_one(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one-key\n")
+    keys = ApiKeys(tmp_path / "keys", IngressMetrics())
+    guard = functools.partial(ApiKeyMiddleware, keys=keys, metrics_need_key=False)
+    with Ingresses().serving(guard) as urls:
+        refused = run("demo", "--url", urls[0])
+        assert (refused.exit_code, "an API key is needed" in refused.output) == (2, True)
+        answer = run("demo", "--url", urls[0], api_key="one-key")
+        assert (answer.exit_code, "remembers" in answer.output) == (1, True), answer.output
 
 
 def test_any_ingress_finds_what_any_of_them_served() -> None:
