@@ -18,6 +18,7 @@ from antiphon.deployment.request_timeline import RequestTimeline, choice_timelin
 from antiphon.messages import TraceContext
 from antiphon.tracing import RequestSpan, Tracing
 
+_UNAUTHORIZED = 401
 MAX_FOUND = 16  # requests of one id that are told of
 
 
@@ -82,8 +83,14 @@ class Journal:
         return request
 
     def ended(self, request: OpenRequest, outcome: str, status: int) -> None:
-        """It was answered, or left alone; ``status`` is 0 if there was none."""
+        """It was answered, or left alone; ``status`` is 0 if there was none.
+
+        Who has no key leaves nothing: neither could push out what others did, nor fill a collector.
+        A span that is never ended is never exported.
+        """
         del self._open[request]
+        if status == _UNAUTHORIZED:
+            return
         if request.span is not None:
             end_request(request.span, request.journeys, outcome, status)
         if self._max_timelines:

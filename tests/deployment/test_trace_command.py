@@ -89,6 +89,7 @@ def test_an_endpoint_with_keys_wants_one(tmp_path: Path) -> None:
     keys = ApiKeys(tmp_path / "keys", IngressMetrics())
     guard = functools.partial(ApiKeyMiddleware, keys=keys, metrics_need_key=False)
     with Ingresses().serving(guard) as urls:
+        assert ask(urls[0], "demo") == 401  # is not remembered
         refused = run("demo", "--url", urls[0])
         assert (refused.exit_code, "an API key is needed" in refused.output) == (2, True)
         answer = run("demo", "--url", urls[0], api_key="one-key")
