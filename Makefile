@@ -5,14 +5,14 @@ INSTALLED := $(VENV)/.installed
 # One thread per process is the clean unit on a CPU; spinning threads starve whatever shares a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve test test-unit test-kernels test-gpu soak lint bench bench-gpu kernel-report chart dashboards
+.PHONY: serve test test-unit test-kernels test-gpu test-nodes soak lint bench bench-gpu kernel-report chart dashboards
 .PHONY: reference prometheus clean
 
 serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" passes options
 	@$(BIN)/antiphon serve $(ARGS)
 
 test: $(INSTALLED) prometheus lint test-kernels  ## lint, types, and the whole suite
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not nodes"
 
 test-unit: $(INSTALLED) prometheus  ## without the tests that start Ray or compile for other machines' GPUs
 	$(BIN)/pytest -q -m "not e2e and not compiler"
@@ -24,6 +24,9 @@ test-kernels: $(INSTALLED)  ## the Triton kernels, in the interpreter
 test-gpu: $(INSTALLED)  ## the same tests on this machine's GPU
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU here: use make test-kernels, or install a CUDA build of torch')"
 	$(BIN)/pytest -q -m interpreter
+
+test-nodes: $(INSTALLED)  ## nodes lost, parted and updated, in network namespaces; as root
+	$(BIN)/pytest -q -m nodes
 
 SECONDS ?= 600
 soak: $(INSTALLED)  ## ten minutes of load, kills and restarts, every token checked; SECONDS=60

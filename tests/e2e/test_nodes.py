@@ -28,7 +28,7 @@ from network import Network
 from processes import Product, sum_of, wait_for
 from tiny_folder import save_tiny_model
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.nodes, pytest.mark.timeout(300)]
 CLUSTER_FILE = Path(__file__).parents[2] / "deployment/ray-cluster.yaml"
 NODES = ["head", "p1", "p2", "d1", "d2"]
 PORT = 8000

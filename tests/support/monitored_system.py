@@ -140,7 +140,8 @@ class MonitoredSystem:
         self.list_decode()
         await until(lambda: all(ingress.backend.is_ready()[0] for ingress in self.ingresses))
 
-    async def _ask_all(self, timeout_seconds: float) -> list[Any]:
+    async def _ask_all(self, timeout_seconds: float, method: str) -> list[Any]:
+        assert method == "describe"
         return [msgspec.to_builtins(ingress.address) for ingress in self.ingresses]
 
     async def start_worker(self, role: Role, **options: Any) -> Worker:

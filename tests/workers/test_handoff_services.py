@@ -87,7 +87,10 @@ def test_a_session_that_is_lost_takes_its_link_along() -> None:
     async def scenario() -> None:
         prefill, decode, client = await pair(model)
         proxy = SessionProxy(prefill.card.url)
-        peer = PrefillPeer(await proxy.listen(), prefill.card.incarnation)
+        card = prefill.card
+        peer = PrefillPeer(
+            await proxy.listen(), card.incarnation, card.replica_id, card.session_key
+        )
         sender, receiver = prefill.prefill._sender, decode.generate.receiver
         assert await client.finish(client.submit(prompts[0], MAX_TOKENS, peer)) == [expected[0]]
         assert sender.num_links == receiver.num_links == 1
