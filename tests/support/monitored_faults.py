@@ -158,6 +158,7 @@ def _fail_a_step(system: MonitoredSystem) -> None:
 async def _short_lives(system: MonitoredSystem) -> None:
     """Workers that only the first ingress is told of, and of which all but one soon end."""
     hidden, *others = [await system.start_worker(Role.DECODE) for _ in range(4)]
+    system.others.append(hidden)
     system.list_decode(hidden, *others)
     await asyncio.sleep(_LIFE_SECONDS)
     system.list_decode(hidden)

@@ -16,6 +16,7 @@ import aiohttp
 import msgspec
 import uvicorn
 from faulty_transport import FaultyTransport, OnReceived, OnSend
+from handoff_pair import handoff_threads
 from msgspec import structs
 from pools import start, until
 from scripted_backend import CharTokenizer
@@ -115,6 +116,7 @@ class MonitoredSystem:
         self.ingresses = [Ingress(1, 30.0, self._ask_all), Ingress(2, 1e-5, self._ask_all)]
         self.sender = FaultyTransport(GlooTransport("127.0.0.1"), on_send=on_send)
         self._receiver = FaultyTransport(GlooTransport("127.0.0.1"), on_received=on_received)
+        self.others: list[Worker] = []  # started later; closed with the rest
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -175,8 +177,9 @@ class MonitoredSystem:
             await ingress.stop()
             await ingress.backend.close()
         await self.proxy.close()
-        for worker in (*self.prefill, *self.decode, self.colocated):
+        for worker in (*self.prefill, *self.decode, self.colocated, *self.others):
             await worker.close()
+        await until(lambda: handoff_threads() == [])
 
 
 async def _client(session: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
