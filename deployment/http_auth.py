@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from antiphon.deployment.api_keys import ApiKeys
-from antiphon.deployment.http_errors import ErrorReply
+from antiphon.deployment.http_errors import ErrorReply, route_path
 
 PROBE_PATHS = frozenset({"/health", "/ready"})
 METRICS_PATHS = frozenset({"/metrics", "/metrics/targets"})
@@ -43,5 +43,4 @@ class ApiKeyMiddleware:
             await reply.response({"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        path: str = scope["path"]
-        return path.removeprefix(scope.get("root_path", "")) in self._open
+        return route_path(scope) in self._open

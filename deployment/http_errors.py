@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from antiphon.errors import (
     AntiphonError,
@@ -37,6 +38,12 @@ REQUEST_ID_KEY = "antiphon.request_id"
 ARRIVED_AT_KEY = "antiphon.arrived_at"  # ``time.monotonic``
 
 logger = logging.getLogger(__name__)
+
+
+def route_path(scope: Scope) -> str:
+    """A request's path without the prefix that Serve routes by."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 class ErrorReply(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from antiphon.deployment.http_errors import ARRIVED_AT_KEY, REQUEST_ID_KEY
+from antiphon.deployment.http_errors import ARRIVED_AT_KEY, REQUEST_ID_KEY, route_path
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal, OpenRequest
 from antiphon.messages import TraceContext
@@ -69,16 +69,11 @@ class RequestMetricsMiddleware:
             headers.get("traceparent", ""),
             ",".join(headers.getlist("tracestate")),  # one list, however many headers
         )
-        return self._journal.began(_path(scope), context, scope[ARRIVED_AT_KEY])
+        return self._journal.began(route_path(scope), context, scope[ARRIVED_AT_KEY])
 
 
 def _generates(scope: Scope) -> bool:
-    return scope["method"] == "POST" and _path(scope) in GENERATION_PATHS
-
-
-def _path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))  # Serve's route prefix
+    return scope["method"] == "POST" and route_path(scope) in GENERATION_PATHS
 
 
 def _outcome_of(status: int) -> str:

@@ -36,29 +36,32 @@ class WorkerTracing:
 
     def generation(self, message: Submit) -> "GenerationTrace | None":
         """A request to generate has come; None if it is not sampled."""
-        if self._tracing is None or message.trace is None:
-            return None
         began_at = time.monotonic()
-        attributes: dict[str, Attribute] = {
-            WORKER: self._worker,
-            "antiphon.num_prompt_tokens": len(message.prompt_token_ids),
-        }
-        span = self._tracing.begin("decode worker", message.trace, began_at, attributes)
+        span = self._begin("decode worker", message, began_at, {})
         return GenerationTrace(span, began_at) if span is not None else None
 
     def prefill(self, message: Prefill) -> "PrefillTrace | None":
         """A prompt to compute has come; None if it is not sampled."""
-        if self._tracing is None or message.trace is None:
-            return None
         began_at = time.monotonic()
         attributes: dict[str, Attribute] = {
-            WORKER: self._worker,
-            "antiphon.num_prompt_tokens": len(message.prompt_token_ids),
             "antiphon.first_token": message.first_token,
             "antiphon.transfer_id": message.transfer_id,  # what this worker's log calls it
         }
-        span = self._tracing.begin("prefill worker", message.trace, began_at, attributes)
+        span = self._begin("prefill worker", message, began_at, attributes)
         return PrefillTrace(span, began_at) if span is not None else None
+
+    def _begin(
+        self,
+        name: str,
+        message: Submit | Prefill,
+        began_at: float,
+        attributes: dict[str, Attribute],
+    ) -> RequestSpan | None:
+        if self._tracing is None or message.trace is None:
+            return None
+        attributes[WORKER] = self._worker
+        attributes["antiphon.num_prompt_tokens"] = len(message.prompt_token_ids)
+        return self._tracing.begin(name, message.trace, began_at, attributes)
 
 
 class GenerationTrace:

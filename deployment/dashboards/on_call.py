@@ -2,8 +2,8 @@
 
 from antiphon.deployment.dashboards.board import Board, Section
 from antiphon.deployment.dashboards.overview import (
-    FAILING,
-    MISSED,
+    failing,
+    missing_a_target,
     requests_by_outcome,
     ttft_by_part,
 )
@@ -32,22 +32,8 @@ _IS_IT_US = Section(
     [
         _firing("critical", RED).number(),
         _firing("warning", YELLOW).number(),
-        Chart(
-            "Fail or are refused",
-            "Nothing here and complaints: look in front of the ingress.",
-            "percentunit",
-            [("", FAILING)],
-            width=4,
-            steps=[(0.001, YELLOW), (0.0144, RED)],
-        ).number(),
-        Chart(
-            "Miss a target",
-            "Slow, but answered.",
-            "percentunit",
-            [("", MISSED)],
-            width=4,
-            steps=[(0.01, YELLOW), (0.144, RED)],
-        ).number(),
+        failing("Nothing here and complaints: look in front of the ingress.").number(),
+        missing_a_target("Slow, but answered.").number(),
         Chart(
             "Requests",
             "Per second. Far fewer than usual: they do not reach us.",

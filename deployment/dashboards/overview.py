@@ -9,11 +9,11 @@ ITL = "antiphon_inter_token_latency_seconds"
 _REQUESTS = "antiphon_requests_total"
 _BY_TARGET = "antiphon_requests_by_target_total"
 _TARGET = 'max(antiphon_target_seconds{{job="$job", target="{}"}})'
-FAILING = share(
+_FAILING = share(
     rate(_REQUESTS, where=f'{INGRESS}, outcome=~"failed|busy"'),
     rate(_REQUESTS, where=f'{INGRESS}, outcome!~"aborted|invalid"'),
 )
-MISSED = share(rate(_BY_TARGET, where=f'{JOB}, met!="both"'), rate(_BY_TARGET))
+_MISSED = share(rate(_BY_TARGET, where=f'{JOB}, met!="both"'), rate(_BY_TARGET))
 
 
 def ttft_by_part(width: int) -> Chart:
@@ -47,25 +47,39 @@ def requests_by_outcome(width: int) -> Chart:
     )
 
 
+def failing(description: str) -> Chart:
+    """The share of requests that went wrong here, in the colour of its burn rate."""
+    return Chart(
+        "Fail or are refused",
+        description,
+        "percentunit",
+        [("", _FAILING)],
+        width=4,
+        steps=[(0.001, YELLOW), (0.0144, RED)],
+    )
+
+
+def missing_a_target(description: str) -> Chart:
+    """The share of choices that were slower than wanted, in the colour of its burn rate."""
+    return Chart(
+        "Miss a target",
+        description,
+        "percentunit",
+        [("", _MISSED)],
+        width=4,
+        steps=[(0.01, YELLOW), (0.144, RED)],
+    )
+
+
 _NOW = Section(
     "Now",
     [
-        Chart(
-            "Fail or are refused",
-            "Of the requests that clients neither ended nor got wrong. The objective allows 0.1 %.",
-            "percentunit",
-            [("", FAILING)],
-            width=4,
-            steps=[(0.001, YELLOW), (0.0144, RED)],
+        failing(
+            "Of the requests that clients neither ended nor got wrong. The objective allows 0.1 %."
         ).number(),
-        Chart(
-            "Miss a target",
+        missing_a_target(
             "Of the choices that ended, those outside router.target_ttft_seconds or "
-            "router.target_itl_seconds. No data where neither is set.",
-            "percentunit",
-            [("", MISSED)],
-            width=4,
-            steps=[(0.01, YELLOW), (0.144, RED)],
+            "router.target_itl_seconds. No data where neither is set."
         ).number(),
         Chart(
             "Requests",
