@@ -25,7 +25,6 @@ from handoff_link import HOST, SEED, use_core
 from antiphon.config import DEFAULT_MODEL, EngineConfig, HandoffConfig, ModelConfig
 from antiphon.messages import (
     PrefillPeer,
-    RequestTiming,
     Role,
     SamplingParams,
     StepOutput,
@@ -33,6 +32,7 @@ from antiphon.messages import (
     WorkerCard,
     WorkerMessage,
 )
+from antiphon.request_timing import RequestTiming
 from antiphon.workers.model_source import resolve_model
 from antiphon.workers.session import ClientSession
 from antiphon.workers.start import WorkerSettings, start_worker

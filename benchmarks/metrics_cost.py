@@ -21,7 +21,8 @@ from machine import describe_machine
 from antiphon.config import DEFAULT_MODEL, RouterConfig
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journey import Attempt, Journey
-from antiphon.messages import RemotePrefill, RequestTiming, SamplingParams
+from antiphon.messages import SamplingParams
+from antiphon.request_timing import RemotePrefill, RequestTiming
 from antiphon.workers.batch import Batch, Chunk
 from antiphon.workers.engine_stats import EngineStats
 from antiphon.workers.model_source import resolve_model

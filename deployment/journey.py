@@ -14,7 +14,7 @@ durations with the first token. The parts add up to the time to the first token:
 
 from dataclasses import dataclass, field
 
-from antiphon.messages import RequestTiming
+from antiphon.request_timing import RequestTiming
 from antiphon.router.decision import Decision
 from antiphon.tracing import RequestSpan
 

@@ -7,7 +7,7 @@ no tokens in it, only how many.
 import msgspec
 
 from antiphon.deployment.journey import Attempt, Journey
-from antiphon.messages import FailedPrefill, RemotePrefill
+from antiphon.request_timing import FailedPrefill, RemotePrefill
 
 
 class AttemptTimeline(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ all workers; a chained hash stands for the whole prefix, so no tree is needed.
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from antiphon.messages import BlockHash
+from antiphon.block_hash import BlockHash
 
 
 class PrefixIndex:

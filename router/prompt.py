@@ -7,7 +7,7 @@ request; every retry and every resubmission with another ``exclude`` uses the sa
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from antiphon.messages import BlockHash, hash_blocks
+from antiphon.block_hash import BlockHash, hash_blocks
 
 
 @dataclass(frozen=True, slots=True)

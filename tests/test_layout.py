@@ -9,10 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("deployment", "kernels", "router", "workers")
-VOCABULARY = {"config", "errors", "messages", "metrics", "tracing", "vllm_names"}
+VOCABULARY = {
+    "block_hash",
+    "config",
+    "errors",
+    "messages",
+    "metrics",
+    "request_timing",
+    "tracing",
+    "vllm_names",
+}
 MAY_IMPORT = {
     "kernels": {"errors"},
-    "router": {"config", "errors", "messages"},
+    "router": {"block_hash", "config", "errors", "messages"},
     "workers": {*VOCABULARY, "kernels"},
     "deployment": {*VOCABULARY, "router", "workers"},
 }

@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NewType
 
+from antiphon.block_hash import BlockHash
 from antiphon.errors import OutOfBlocksError
-from antiphon.messages import BlockHash
 
 BlockId = NewType("BlockId", int)
 

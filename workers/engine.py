@@ -13,8 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from antiphon.block_hash import BlockHash
 from antiphon.errors import AntiphonError, StepAbandonedError, WorkerBusyError
-from antiphon.messages import BlockHash, Load, RequestOutput, RequestTiming
+from antiphon.messages import Load, RequestOutput
+from antiphon.request_timing import RequestTiming
 from antiphon.workers.batch import Batch
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.engine_stats import EngineStats

@@ -28,16 +28,15 @@ from antiphon.errors import (
 )
 from antiphon.messages import (
     Abort,
-    FailedPrefill,
     Prefill,
     PrefillDone,
     PrefillPeer,
     Prewarm,
     RefusalKind,
     Refused,
-    RemotePrefill,
     WorkerMessage,
 )
+from antiphon.request_timing import FailedPrefill, RemotePrefill
 from antiphon.tracing import RequestSpan
 from antiphon.workers.block_pool import BlockId
 from antiphon.workers.handoff.incoming import Incoming

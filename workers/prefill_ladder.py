@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from antiphon.errors import PrefillFailedError
-from antiphon.messages import FailedPrefill, PrefillPeer
+from antiphon.messages import PrefillPeer
+from antiphon.request_timing import FailedPrefill
 from antiphon.tracing import attempt
 from antiphon.workers.prefill_client import Outcome, PrefillClient, Wanted
 from antiphon.workers.shunned_peers import ShunnedPeers

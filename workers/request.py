@@ -11,7 +11,8 @@ add -> WAITING --admit--> RUNNING ----------------------> FINISHED
 import enum
 from dataclasses import dataclass, field
 
-from antiphon.messages import BlockHash, SamplingParams, hash_blocks
+from antiphon.block_hash import BlockHash, hash_blocks
+from antiphon.messages import SamplingParams
 from antiphon.workers.block_pool import BlockId
 from antiphon.workers.timeline import Timeline
 

@@ -9,7 +9,8 @@ Phases are made when all is over, from durations, so that an engine step never m
 
 import time
 
-from antiphon.messages import Prefill, RequestTiming, Submit, WorkerCard
+from antiphon.messages import Prefill, Submit, WorkerCard
+from antiphon.request_timing import RequestTiming
 from antiphon.tracing import OUTCOME, WORKER, Attribute, RequestSpan, Tracing
 from antiphon.workers.handoff.outgoing import Computed
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 
 from msgspec.structs import replace
 
-from antiphon.messages import BlockHash, Load, Telemetry
+from antiphon.block_hash import BlockHash
+from antiphon.messages import Load, Telemetry
 from antiphon.workers.session import Session
 
 PUBLISH_INTERVAL_SECONDS = 0.05

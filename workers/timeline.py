@@ -9,7 +9,7 @@ that the parts always add up to the whole.
 
 from dataclasses import dataclass
 
-from antiphon.messages import FailedPrefill, RemotePrefill, RequestTiming
+from antiphon.request_timing import FailedPrefill, RemotePrefill, RequestTiming
 
 
 @dataclass(frozen=True, slots=True)

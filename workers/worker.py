@@ -12,9 +12,9 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from antiphon.block_hash import BlockHash
 from antiphon.messages import (
     Abort,
-    BlockHash,
     ClientMessage,
     Load,
     Prefill,

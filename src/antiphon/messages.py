@@ -1,4 +1,4 @@
-"""What the processes say to each other: block hashes, and the messages of a worker session.
+"""What the processes say to each other: the messages of a worker session.
 
 A *session* is one WebSocket between a client (an ingress, or a decode worker that asks for
 prefills) and a worker. Its first two messages are ``Hello`` and ``Welcome``; after that either side
@@ -15,43 +15,18 @@ the worker aborts them and frees their blocks.
                      <-                      StepOutput* with a final finish_reason, or Refused
                                              (Prefill: PrefillDone or Refused)
     Abort            ->
-
-Block hashes are chained: a block's hash covers its tokens and all tokens before it, so equal hashes
-mean equal prefixes, and one dictionary serves as a prefix tree.
 """
 
-import hashlib
-from array import array
-from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, NewType
+from typing import Any
 
 import msgspec
 
+from antiphon.block_hash import BlockHash
+from antiphon.request_timing import RequestTiming
+
 PROTOCOL_VERSION = 4
 MAX_PREFILL_CANDIDATES = 3  # of one request
-
-BlockHash = NewType("BlockHash", bytes)
-_HASH_BYTES = 16
-
-
-def hash_blocks(token_ids: Sequence[int], block_size: int, salt: bytes = b"") -> list[BlockHash]:
-    """Return the chained hash of each full block of ``token_ids``.
-
-    Args:
-        token_ids: Tokenised prompt; an incomplete last block has no hash.
-        block_size: Tokens per block.
-        salt: Separates chains that must not share blocks, such as those of different models.
-    """
-    packed = array("I", token_ids).tobytes()
-    stride = block_size * array("I").itemsize
-    parent = salt
-    hashes = []
-    for start in range(0, len(packed) - stride + 1, stride):
-        block = packed[start : start + stride]
-        parent = hashlib.blake2b(parent + block, digest_size=_HASH_BYTES).digest()
-        hashes.append(BlockHash(parent))
-    return hashes
 
 
 class Role(StrEnum):
@@ -239,56 +214,6 @@ class Refused(_Message, frozen=True):
     kind: RefusalKind
     reason: str
     retry_after_seconds: float = 1.0
-
-
-class RemotePrefill(msgspec.Struct, frozen=True):
-    """How a prefill worker came to the KV that it sent, seconds by its own clock."""
-
-    worker: str  # replica id, or url where that is not known
-    queue: float  # from the message's arrival to the first step with tokens of the prompt
-    compute: float  # from there to the end of the last such step
-    send: float  # from the first segment to the end, most of it beside the computing
-    num_cached_tokens: int  # of the prompt, found in its prefix cache
-    num_sent_tokens: int  # whose KV crossed
-
-
-class FailedPrefill(msgspec.Struct, frozen=True):
-    """A prefill worker that was asked and did not deliver all."""
-
-    worker: str  # replica id, or url where that is not known
-    outcome: str  # as in antiphon_prefill_attempts_total
-    seconds: float
-
-
-class RequestTiming(msgspec.Struct, frozen=True):
-    """Where the time to a request's first token went on its decode worker, seconds.
-
-    Durations, because clocks of nodes differ. One part begins where the one before it ends:
-
-        queue           from the request's arrival until its blocks were reserved
-        prefill_queue   until somebody began to compute what the prompt lacked; failed attempts
-                        and the way to a prefill worker are in it
-        prefill         until the last of it was computed; computed here, with the first token
-        transfer        until the rest of the KV had come: what the hand-off adds to computing
-        decode_queue    until the step began that gives the first token
-        first_step      that step
-    """
-
-    prefill_path: str  # "local", "remote" or "fallback"
-    queue: float = 0.0
-    prefill_queue: float = 0.0
-    prefill: float = 0.0
-    transfer: float = 0.0
-    decode_queue: float = 0.0
-    first_step: float = 0.0
-    remote: RemotePrefill | None = None  # where the path is "remote"
-    failed: tuple[FailedPrefill, ...] = ()  # in the order in which they were asked
-
-    @property
-    def total(self) -> float:
-        """From the request's arrival at the decode worker to its first token."""
-        computed = self.queue + self.prefill_queue + self.prefill
-        return computed + self.transfer + self.decode_queue + self.first_step
 
 
 class RequestOutput(msgspec.Struct, frozen=True):

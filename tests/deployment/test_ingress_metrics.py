@@ -16,7 +16,7 @@ from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal
 from antiphon.deployment.journey import Journey
 from antiphon.errors import WorkerBusyError, WorkerLostError
-from antiphon.messages import RequestTiming
+from antiphon.request_timing import RequestTiming
 
 OUTCOMES = "antiphon_requests_total"
 

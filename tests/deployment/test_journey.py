@@ -10,7 +10,8 @@ from two_pools import backend_over, close, pair
 
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.journey import PARTS, Journey
-from antiphon.messages import RequestTiming, SamplingParams
+from antiphon.messages import SamplingParams
+from antiphon.request_timing import RequestTiming
 from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.worker import Worker
 

@@ -13,7 +13,8 @@ from antiphon.errors import (
     WorkerLostError,
     WorkerMovedError,
 )
-from antiphon.messages import RequestOutput, RequestTiming, SamplingParams
+from antiphon.messages import RequestOutput, SamplingParams
+from antiphon.request_timing import RequestTiming
 
 SAMPLING = SamplingParams(max_tokens=5, temperature=0.7, seed=11, stop_token_ids=(99,))
 

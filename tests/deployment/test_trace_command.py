@@ -34,7 +34,8 @@ from antiphon.deployment.request_timeline import (
 )
 from antiphon.deployment.timeline_report import report
 from antiphon.errors import WorkerBusyError
-from antiphon.messages import FailedPrefill, RemotePrefill, TraceContext
+from antiphon.messages import TraceContext
+from antiphon.request_timing import FailedPrefill, RemotePrefill
 
 PAGE = (Path(__file__).parents[2] / "docs/tracing.md").read_text()
 ARRIVED_AT = datetime(2026, 11, 25, 15, tzinfo=UTC).timestamp()

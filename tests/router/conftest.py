@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from antiphon.messages import BlockHash, Load, Role, Telemetry, WorkerCard
+from antiphon.block_hash import BlockHash
+from antiphon.messages import Load, Role, Telemetry, WorkerCard
 from antiphon.router.telemetry_view import ClusterView
 
 

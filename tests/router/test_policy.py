@@ -4,9 +4,10 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
+from antiphon.block_hash import hash_blocks
 from antiphon.config import RouterConfig
 from antiphon.errors import NoWorkerError
-from antiphon.messages import Role, hash_blocks
+from antiphon.messages import Role
 from antiphon.router.decision import Reason
 from antiphon.router.policy import Policy
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from antiphon.messages import BlockHash, hash_blocks
+from antiphon.block_hash import BlockHash, hash_blocks
 from antiphon.router.prefix_index import PrefixIndex
 
 TTL = 10.0

@@ -1,8 +1,9 @@
 import pytest
 from msgspec.structs import replace
 
+from antiphon.block_hash import hash_blocks
 from antiphon.errors import TelemetryGapError
-from antiphon.messages import Role, hash_blocks
+from antiphon.messages import Role
 from antiphon.router.telemetry_view import ClusterView
 
 TOKENS = list(range(64))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from kv_contents import fill_with_garbage
 
-from antiphon.messages import BlockHash, Load, RequestOutput, SamplingParams
+from antiphon.block_hash import BlockHash
+from antiphon.messages import Load, RequestOutput, SamplingParams
 from antiphon.workers.engine import Engine
 from antiphon.workers.kv_cache import KVCache
 from antiphon.workers.model_runner import ModelRunner

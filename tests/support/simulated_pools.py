@@ -16,16 +16,9 @@ from typing import Any
 
 from virtual_time import Clock, Served, Step, Traffic, step_seconds
 
+from antiphon.block_hash import BlockHash
 from antiphon.config import RouterConfig
-from antiphon.messages import (
-    BlockHash,
-    Load,
-    RequestOutput,
-    Role,
-    SamplingParams,
-    Telemetry,
-    WorkerCard,
-)
+from antiphon.messages import Load, RequestOutput, Role, SamplingParams, Telemetry, WorkerCard
 from antiphon.router.decision import Reason
 from antiphon.router.policy import Policy
 from antiphon.router.telemetry_view import ClusterView

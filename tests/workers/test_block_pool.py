@@ -2,8 +2,8 @@ import random
 
 import pytest
 
+from antiphon.block_hash import BlockHash
 from antiphon.errors import OutOfBlocksError
-from antiphon.messages import BlockHash
 from antiphon.workers.block_pool import BlockPool
 
 A, B, C = BlockHash(b"a"), BlockHash(b"b"), BlockHash(b"c")

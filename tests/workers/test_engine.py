@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from antiphon.block_hash import BlockHash
 from antiphon.errors import WorkerBusyError
-from antiphon.messages import BlockHash, Load, RequestOutput, SamplingParams
+from antiphon.messages import Load, RequestOutput, SamplingParams
 from antiphon.workers import engine as engine_module
 from antiphon.workers.batch import Batch
 from antiphon.workers.engine import Engine

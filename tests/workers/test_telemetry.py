@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from antiphon.messages import BlockHash, Load, Telemetry
+from antiphon.block_hash import BlockHash
+from antiphon.messages import Load, Telemetry
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.telemetry import IDLE_LOAD, TelemetryPublisher
 

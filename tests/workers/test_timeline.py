@@ -2,7 +2,7 @@
 
 import pytest
 
-from antiphon.messages import FailedPrefill, RemotePrefill, RequestTiming
+from antiphon.request_timing import FailedPrefill, RemotePrefill, RequestTiming
 from antiphon.workers.timeline import Handoff, Timeline
 
 REMOTE = RemotePrefill(
