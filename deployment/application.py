@@ -20,7 +20,8 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
-from antiphon.config import AntiphonConfig, PoolConfig, parse_config
+from antiphon.config import AntiphonConfig, PoolConfig
+from antiphon.config_loading import parse_config
 from antiphon.messages import Role
 from antiphon.router.discovery import pack_card
 from antiphon.router.serve_discovery import ROUTER_CLASS

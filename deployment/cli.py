@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from antiphon import __version__
-from antiphon.config import AntiphonConfig, parse_config, read_yaml
+from antiphon.config import AntiphonConfig
+from antiphon.config_loading import parse_config, read_yaml
 from antiphon.deployment.config_command import config_app
 from antiphon.deployment.doctor.command import doctor
 from antiphon.deployment.plan_command import plan

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from antiphon.config import AntiphonConfig, PoolConfig, parse_config, read_yaml
+from antiphon.config import AntiphonConfig, PoolConfig
+from antiphon.config_loading import parse_config, read_yaml
 from antiphon.errors import ConfigError
 
 IMPORT_PATH = "antiphon.deployment.application:app"

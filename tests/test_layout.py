@@ -12,6 +12,7 @@ PACKAGES = ("deployment", "kernels", "router", "workers")
 VOCABULARY = {
     "block_hash",
     "config",
+    "config_loading",
     "errors",
     "messages",
     "metrics",

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from antiphon.config import AntiphonConfig, HttpConfig, parse_config, read_yaml
+from antiphon.config import AntiphonConfig, HttpConfig
+from antiphon.config_loading import parse_config, read_yaml
 from antiphon.deployment.config_document import documents_in, parse
 from antiphon.deployment.doctor.facts import ClusterFacts
 from antiphon.errors import ConfigError

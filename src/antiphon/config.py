@@ -1,18 +1,15 @@
-"""The configuration of a deployment, parsed and checked once at the border.
+"""The configuration of a deployment: every key with its type, bounds, default and description.
 
-One document serves the command line, ``serve run`` and the chart. Unknown keys are errors, and an
-error names the key, the value and what is allowed.
+One document serves the command line, ``serve run`` and the chart; it is parsed and checked once at
+the border, by ``antiphon.config_loading``.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
-from antiphon.config_errors import explain
-from antiphon.errors import ConfigError
 from antiphon.messages import MAX_PREFILL_CANDIDATES
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -280,43 +277,3 @@ class AntiphonConfig(_Section):
         """The pools that have workers, by role."""
         pools = {"prefill": self.prefill, "decode": self.decode, "colocated": self.colocated}
         return {role: pool for role, pool in pools.items() if pool.replicas}
-
-
-def parse_config(data: Mapping[str, Any] | None, origin: str = "configuration") -> AntiphonConfig:
-    """Check a configuration document.
-
-    Raises:
-        ConfigError: Names every offending key with its value and what is allowed.
-    """
-    try:
-        return AntiphonConfig.model_validate(dict(data or {}))
-    except ValidationError as error:
-        raise ConfigError(explain(error, AntiphonConfig, origin)) from None
-
-
-def load_config(path: Path) -> AntiphonConfig:
-    """Read and check a YAML file.
-
-    Raises:
-        ConfigError: The file is missing, is not YAML, or does not describe a deployment.
-    """
-    return parse_config(read_yaml(path), str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ConfigError: The file is missing, is not YAML, or holds something other than a mapping.
-    """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top, got {type(data).__name__}")
-    return data

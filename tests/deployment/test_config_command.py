@@ -7,7 +7,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from antiphon.config import AntiphonConfig, parse_config
+from antiphon.config import AntiphonConfig
+from antiphon.config_loading import parse_config
 from antiphon.deployment.cli import app
 from antiphon.deployment.config_document import IMPORT_PATH
 

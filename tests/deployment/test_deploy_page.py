@@ -10,7 +10,7 @@ import pytest
 import yaml
 from page_commands import ROOT, blocks, check, commands
 
-from antiphon.config import parse_config
+from antiphon.config_loading import parse_config
 
 with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.

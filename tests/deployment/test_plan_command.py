@@ -8,7 +8,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from antiphon.config import DEFAULT_MODEL, parse_config
+from antiphon.config import DEFAULT_MODEL
+from antiphon.config_loading import parse_config
 from antiphon.deployment.cli import app
 from antiphon.deployment.plan_command import Dtypes, resolve, seconds
 from antiphon.errors import ConfigError

@@ -16,7 +16,8 @@ from page_commands import PATHS, blocks, check, check_import_path, commands
 from pools import start
 from tiny_models import FAMILIES, REFUSED, tiny_model
 
-from antiphon.config import RouterConfig, parse_config
+from antiphon.config import RouterConfig
+from antiphon.config_loading import parse_config
 from antiphon.deployment.cli import app as antiphon_command
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics

@@ -17,7 +17,7 @@ from page_commands import blocks, check, commands
 from scripted_backend import CharTokenizer, Gate, ScriptedBackend, says, serving
 from typer.testing import CliRunner, Result
 
-from antiphon.config import parse_config
+from antiphon.config_loading import parse_config
 from antiphon.deployment.api_keys import ApiKeys
 from antiphon.deployment.cli import app as command
 from antiphon.deployment.http_app import Guard, create_app

@@ -17,7 +17,7 @@ import yaml
 from chart_schemas import VERSIONS, check
 from helm_chart import CHART, Helm, objects, only, serve_config
 
-from antiphon.config import parse_config
+from antiphon.config_loading import parse_config
 from antiphon.deployment.api_keys import read_key_file
 
 LAST = Path(__file__).parent / "last"  # values, an example, and what it rendered to

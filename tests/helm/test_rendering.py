@@ -8,7 +8,8 @@ import pytest
 import ray_nodes
 from helm_chart import Helm, objects, only, serve_config
 
-from antiphon.config import AntiphonConfig, parse_config
+from antiphon.config import AntiphonConfig
+from antiphon.config_loading import parse_config
 
 with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.

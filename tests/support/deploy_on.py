@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 from network import enter
 
-from antiphon.config import load_config
+from antiphon.config_loading import load_config
 from antiphon.deployment.launcher import _deploy
 
 

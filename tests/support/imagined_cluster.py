@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from antiphon.config import AntiphonConfig, parse_config
+from antiphon.config import AntiphonConfig
+from antiphon.config_loading import parse_config
 from antiphon.deployment.doctor.facts import (
     ClusterFacts,
     GpuFacts,

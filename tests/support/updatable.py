@@ -11,7 +11,8 @@ import sys
 import threading
 from typing import Any
 
-from antiphon.config import AntiphonConfig, parse_config
+from antiphon.config import AntiphonConfig
+from antiphon.config_loading import parse_config
 from antiphon.deployment.launcher import _deploy, launch
 
 

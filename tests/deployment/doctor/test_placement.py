@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from antiphon.config import parse_config
+from antiphon.config_loading import parse_config
 from antiphon.deployment.doctor.facts import Node
 from antiphon.deployment.doctor.pairs import Pair, diagonals, rounds
 from antiphon.deployment.doctor.placement import nodes_for, place

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from tiny_folder import save_tiny_model
 
-from antiphon.config import AntiphonConfig, parse_config
+from antiphon.config import AntiphonConfig
+from antiphon.config_loading import parse_config
 from antiphon.deployment.doctor import examiner
 from antiphon.deployment.doctor.clock_server import ClockServer, look
 from antiphon.deployment.doctor.diagnosis import diagnose
