@@ -1,22 +1,21 @@
 """A transformers causal language model whose attention reads and writes our paged KV cache.
 
-The model is called on packed tokens, ``input_ids [1, T]``; what the attention needs to know of the
-batch reaches it through a context variable. At load time the model is run once on a few tokens to
-learn each layer's KV shape, and once more against its own eager attention: a family that does not
-go through the attention interface, has recurrent state, or computes something else through it is
-refused by name instead of answering wrongly.
+The model is called on packed tokens, ``input_ids [1, T]``; ``attention_interface`` leads its layers
+to ``PagedStep``. At load time the model is run once on a few tokens to learn each layer's KV shape,
+and once more against its own eager attention: a family that does not go through the attention
+interface, has recurrent state, or computes something else through it is refused by name instead of
+answering wrongly.
 """
 
 import inspect
 import logging
 from collections.abc import Callable
-from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig
+from transformers import AutoConfig
 from transformers import AutoModelForCausalLM as AutoModel
 
 from antiphon.errors import ConfigError, StepAbandonedError, UnsupportedModelError
@@ -24,6 +23,7 @@ from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
 from antiphon.kernels.kernel_set import KernelSet
 from antiphon.kernels.paged_kv import PagedKV, Rotary
 from antiphon.kernels.reference import prefill_attention, write_kv
+from antiphon.workers.attention_interface import ATTENTION_NAME, attending, defer_rotation
 from antiphon.workers.few_rows import patch_linears
 from antiphon.workers.forward_batch import ForwardBatch
 from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
@@ -31,33 +31,12 @@ from antiphon.workers.model_patches import patch_model
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_NAME = "antiphon_paged"
 _PROBE_TOKENS = 12
 # fp32 attention in another order differs by about 1e-6 of the logits' size; a wrong mask by more.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 # These RoPE variants change their frequencies with the longest position in the batch, so packed
 # requests would disturb one another beyond the original context.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
-
-
-class _Attender(Protocol):
-    rotary: Rotary | None
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
-    ) -> Tensor: ...
-
-
-_attender: ContextVar[_Attender] = ContextVar("antiphon_attender")
-
-
-def _defer_rotation(cos: Tensor, sin: Tensor) -> bool:
-    """Keep a layer's rotation for its attention; False outside of a step of ours."""
-    attender = _attender.get(None)
-    if attender is None:
-        return False
-    attender.rotary = Rotary(cos[0], sin[0])
-    return True
 
 
 class PagedStep:
@@ -118,42 +97,6 @@ class _Probe:
         return prefill_attention(query, kv, batch, features)
 
 
-def _attention_forward(
-    module: torch.nn.Module,
-    query: Tensor,  # [1, num_q_heads, T, k_head_dim]
-    key: Tensor,  # [1, num_kv_heads, T, k_head_dim]
-    value: Tensor,  # [1, num_kv_heads, T, v_head_dim]
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    features = AttentionFeatures(
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        sliding_window=sliding_window,
-        chunk=_attention_chunk(module, layer),
-        soft_cap=softcap,
-        sinks=s_aux,
-    )
-    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    return _attender.get().attend(layer, query, key, value, features)[None], None
-
-
-def _attention_chunk(module: torch.nn.Module, layer: int) -> int | None:
-    """Llama 4 tells its chunked layers through the mask alone; read it from the configuration."""
-    config: Any = getattr(module, "config", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types and layer_types[layer] == "chunked_attention":
-        return int(config.attention_chunk_size)
-    return None
-
-
-AttentionInterface.register(ATTENTION_NAME, _attention_forward)
-
-
 class PagedModel:
     """A loaded model and its KV layout.
 
@@ -183,7 +126,7 @@ class PagedModel:
             )
         with torch.inference_mode():
             expected = self._eager_logits()
-            self.patched = patch_model(model, kernels, _defer_rotation)
+            self.patched = patch_model(model, kernels, defer_rotation)
             if self.device.type == "cpu":
                 patch_linears(model)
             self.layout = KVLayout(self._probe(expected), model.dtype, model.dtype)
@@ -205,13 +148,10 @@ class PagedModel:
         Raises:
             StepAbandonedError: ``is_abandoned`` said so; KV of the step is incomplete.
         """
-        token = _attender.set(PagedStep(self.kernels, cache, batch.attention, is_abandoned))
-        try:
+        with attending(PagedStep(self.kernels, cache, batch.attention, is_abandoned)):
             return self._logits(
                 batch.input_ids, batch.position_ids, batch.logit_rows, self._no_mask
             )
-        finally:
-            _attender.reset(token)
 
     def _logits(
         self, input_ids: Tensor, position_ids: Tensor, rows: Tensor, mask: Tensor | None
@@ -229,16 +169,14 @@ class PagedModel:
     def _probe(self, expected: Tensor) -> tuple[LayerLayout, ...]:
         """Learn the KV shapes and check the answers against the model as it came."""
         probe = _Probe()
-        token = _attender.set(probe)
         try:
             self.model.set_attn_implementation(ATTENTION_NAME)
-            actual = self._logits(*self._probe_input(), self._no_mask)
+            with attending(probe):
+                actual = self._logits(*self._probe_input(), self._no_mask)
         except UnsupportedModelError:
             raise
         except Exception as error:
             raise self._unsupported(f"it cannot use another attention: {error}") from error
-        finally:
-            _attender.reset(token)
         self.num_q_heads = probe.num_q_heads
         num_layers = self.config.num_hidden_layers
         if sorted(probe.layers) != list(range(num_layers)) or probe.num_calls != num_layers:

@@ -9,10 +9,11 @@ from kv_contents import fill_with_garbage
 
 from antiphon.block_hash import BlockHash
 from antiphon.messages import Load, RequestOutput, SamplingParams
+from antiphon.workers.attention_interface import ATTENTION_NAME
 from antiphon.workers.engine import Engine
 from antiphon.workers.kv_cache import KVCache
 from antiphon.workers.model_runner import ModelRunner
-from antiphon.workers.paged_model import ATTENTION_NAME, PagedModel
+from antiphon.workers.paged_model import PagedModel
 from antiphon.workers.request import Request
 from antiphon.workers.scheduler import Scheduler, SchedulerConfig
 

@@ -21,11 +21,12 @@ from antiphon.messages import (
     Submit,
     WorkerMessage,
 )
+from antiphon.workers.attention_interface import ATTENTION_NAME
 from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.kv_cache import KVCache
 from antiphon.workers.model_runner import ModelRunner
-from antiphon.workers.paged_model import ATTENTION_NAME, PagedModel
+from antiphon.workers.paged_model import PagedModel
 from antiphon.workers.session import ClientSession
 from antiphon.workers.start import Loaded, WorkerSettings, cache_layout, run_worker
 from antiphon.workers.worker import Worker
