@@ -17,22 +17,14 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from antiphon.errors import (
-    AntiphonError,
-    CapacityError,
-    LinkBrokenError,
-    PrefillFailedError,
-    SegmentRejectedError,
-)
+from antiphon.errors import AntiphonError, LinkBrokenError, PrefillFailedError
 from antiphon.messages import (
     Abort,
     Prefill,
     PrefillDone,
     PrefillPeer,
     Prewarm,
-    RefusalKind,
     Refused,
     WorkerMessage,
 )
@@ -42,38 +34,13 @@ from antiphon.workers.block_pool import BlockId
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.receiver import HandoffReceiver
 from antiphon.workers.peers import Peers
+from antiphon.workers.prefill_outcome import Outcome, explained, refusal
 from antiphon.workers.session import ClientSession
 from antiphon.workers.timeline import NO_HANDOFF, Handoff
 
 logger = logging.getLogger(__name__)
 
 _TICKS_PER_STALL = 4  # a stall is noticed after 1 to 1.25 times its limit
-
-
-class Outcome(StrEnum):
-    """How an attempt ended; a metric's label."""
-
-    COMPLETE = "complete"
-    BUSY = "busy"
-    DRAINING = "draining"  # it stops, and took nothing or gave the prompt back
-    REFUSED = "refused"  # it cannot take such a prompt
-    FAILED = "failed"  # it could not finish, and said so
-    UNREACHABLE = "unreachable"
-    LOST = "lost"  # its session or its link broke
-    REJECTED = "rejected"  # it sent a segment that failed its checks
-    STALLED = "stalled"
-    TIMED_OUT = "timed_out"
-    NO_LINK = "no_link"  # this worker's own bound on links or transfers
-
-
-_REFUSALS = {
-    RefusalKind.BUSY: Outcome.BUSY,
-    RefusalKind.DRAINING: Outcome.DRAINING,
-    RefusalKind.MOVED: Outcome.DRAINING,
-    RefusalKind.INVALID: Outcome.REFUSED,
-    RefusalKind.FAILED: Outcome.FAILED,
-    RefusalKind.LINK_BROKEN: Outcome.LOST,
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -152,7 +119,7 @@ class PrefillClient:
             await self._watch(transfer, deadline)
             wanted.handoff = _delivered(transfer, peer, wanted.handoff.failed)
         except AntiphonError as error:
-            raise _explained(error, deadline) from error
+            raise explained(error, is_late=time.monotonic() >= deadline) from error
         finally:
             self.stop(wanted)
 
@@ -247,7 +214,7 @@ class PrefillClient:
     def _on_message(self, message: WorkerMessage) -> None:
         if isinstance(message, Refused):
             if transfer := self._transfers.get(message.request_id):
-                self._fail(transfer, _refusal(message))
+                self._fail(transfer, refusal(message))
         elif not isinstance(message, PrefillDone):
             logger.warning("unexpected %s from a prefill worker", type(message).__name__)
 
@@ -279,22 +246,3 @@ def _delivered(
     # Both messages' ways are in it: no clock is shared that could tell them apart.
     exposed = time.monotonic() - transfer.asked_at - remote.queue - remote.compute
     return Handoff(remote, max(exposed, 0.0), failed)
-
-
-def _refusal(message: Refused) -> PrefillFailedError:
-    return PrefillFailedError(_REFUSALS[message.kind], message.reason, message.retry_after_seconds)
-
-
-def _explained(error: AntiphonError, deadline: float) -> PrefillFailedError:
-    """Name the way in which an attempt failed."""
-    if isinstance(error, PrefillFailedError):
-        return error
-    if isinstance(error, CapacityError):
-        outcome = Outcome.NO_LINK
-    elif isinstance(error, LinkBrokenError):
-        outcome = Outcome.LOST
-    elif isinstance(error, SegmentRejectedError):
-        outcome = Outcome.REJECTED
-    else:
-        outcome = Outcome.TIMED_OUT if time.monotonic() >= deadline else Outcome.FAILED
-    return PrefillFailedError(outcome, str(error))

@@ -25,7 +25,8 @@ from antiphon.errors import PrefillFailedError
 from antiphon.messages import PrefillPeer
 from antiphon.request_timing import FailedPrefill
 from antiphon.tracing import attempt
-from antiphon.workers.prefill_client import Outcome, PrefillClient, Wanted
+from antiphon.workers.prefill_client import PrefillClient, Wanted
+from antiphon.workers.prefill_outcome import Outcome
 from antiphon.workers.shunned_peers import ShunnedPeers
 from antiphon.workers.timeline import Handoff
 from antiphon.workers.worker_metrics import WorkerMetrics

@@ -2,7 +2,7 @@
 
 from antiphon.messages import WorkerCard
 from antiphon.metrics import Metrics
-from antiphon.workers.prefill_client import Outcome
+from antiphon.workers.prefill_outcome import Outcome
 
 
 class WorkerMetrics(Metrics):
