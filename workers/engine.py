@@ -109,7 +109,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Requests without blocks, those included that came during the step."""
-        return self._scheduler.num_waiting + self._num_added - self._num_entered
+        return self._scheduler.queues.num_waiting + self._num_added - self._num_entered
 
     def check_room(self) -> None:
         """Raise ``WorkerBusyError`` if the queue is full; waits for no step."""
@@ -145,16 +145,17 @@ class Engine:
 
     def load(self, scheduler: Scheduler) -> Load:
         """How busy the engine is; on the engine thread only."""
-        prompt_tokens, prompt_gap = self._step_times.prompt_step(scheduler.num_decoding)
+        queues = scheduler.queues
+        prompt_tokens, prompt_gap = self._step_times.prompt_step(queues.num_decoding)
         return Load(
-            num_running=scheduler.num_running + scheduler.num_awaiting_kv,
-            num_waiting=scheduler.num_waiting,
+            num_running=queues.num_running + queues.num_awaiting_kv,
+            num_waiting=queues.num_waiting,
             num_free_blocks=scheduler.pool.num_free,
-            num_queued_tokens=scheduler.num_queued_tokens,
+            num_queued_tokens=queues.num_queued_tokens,
             prefill_tokens_per_second=self.stats.prefill_tokens_per_second,
             decode_step_seconds=self.stats.decode_step_seconds,
-            num_streams=scheduler.num_streams,
-            num_decoding=scheduler.num_decoding,
+            num_streams=queues.num_streams,
+            num_decoding=queues.num_decoding,
             decode_base_seconds=self._step_times.base_seconds,
             decode_stream_seconds=self._step_times.stream_seconds,
             prompt_gap_seconds=prompt_gap,
@@ -190,9 +191,9 @@ class Engine:
 
     def _refuse_everything(self, error: Exception) -> None:
         """Answer what is here and whatever still comes, so that nobody waits for ever."""
-        for request_id in self._scheduler.request_ids:
+        for request in tuple(self._scheduler.queues):
             with contextlib.suppress(Exception):  # the listener may be what failed
-                self._listener.on_refused(request_id, error)
+                self._listener.on_refused(request.request_id, error)
         while (command := self._commands.get()) is not None:
             with contextlib.suppress(Exception):  # the scheduler may be what failed
                 command()

@@ -133,7 +133,7 @@ class Worker:
             problem = ""
             try:
                 scheduler.check()
-                assert scheduler.num_requests == 0, f"{scheduler.num_requests} requests are left"
+                assert len(scheduler.queues) == 0, f"{len(scheduler.queues)} requests are left"
                 assert scheduler.pool.num_free == scheduler.pool.num_blocks, "blocks are held"
             except AssertionError as error:
                 problem = str(error) or "an invariant does not hold"

@@ -137,7 +137,7 @@ class EngineHarness:
 
 def check_idle(scheduler: Scheduler) -> None:
     scheduler.check()
-    assert scheduler.num_requests == 0
+    assert len(scheduler.queues) == 0
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
 
 

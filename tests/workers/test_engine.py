@@ -117,7 +117,7 @@ class Rig:
     def assert_idle(self) -> None:
         def look(scheduler: Scheduler) -> tuple[int, int]:
             scheduler.check()
-            return scheduler.num_requests, scheduler.pool.num_free
+            return len(scheduler.queues), scheduler.pool.num_free
 
         assert self.look(look) == (0, self.runner.cache.num_blocks)
 

@@ -73,7 +73,7 @@ def test_full_queue_refuses_at_once() -> None:
     scheduler.add(request("a", 4))
     with pytest.raises(WorkerBusyError, match="1 requests are waiting"):
         scheduler.add(request("b", 4))
-    assert scheduler.num_requests == 1
+    assert len(scheduler.queues) == 1
 
 
 def test_remote_request_reserves_all_its_blocks_then_waits_for_kv() -> None:
@@ -114,8 +114,8 @@ def test_awaiting_requests_are_bounded() -> None:
     for name in "rs":
         scheduler.add(request(name, 5, path=PrefillPath.REMOTE))
     step(scheduler)
-    assert scheduler.num_awaiting_kv == 1
-    assert scheduler.num_waiting == 1
+    assert scheduler.queues.num_awaiting_kv == 1
+    assert scheduler.queues.num_waiting == 1
 
 
 def test_requests_that_need_no_prefill_worker_do_not_wait_for_one() -> None:
@@ -126,8 +126,8 @@ def test_requests_that_need_no_prefill_worker_do_not_wait_for_one() -> None:
     assert step(scheduler) == [("a", 5)]
     scheduler.kv_arrived("r", 4, PrefillPath.REMOTE, now=1.0)
     assert step(scheduler) == [("a", 1), ("r", 1)]
-    assert scheduler.num_awaiting_kv == 1
-    assert scheduler.num_waiting == 0
+    assert scheduler.queues.num_awaiting_kv == 1
+    assert scheduler.queues.num_waiting == 0
 
 
 def test_requests_with_kv_on_its_way_count_as_running() -> None:
@@ -135,12 +135,12 @@ def test_requests_with_kv_on_its_way_count_as_running() -> None:
     for name in "rst":
         scheduler.add(request(name, 5, path=PrefillPath.REMOTE))
     step(scheduler)
-    assert scheduler.num_awaiting_kv == 2
+    assert scheduler.queues.num_awaiting_kv == 2
     for name in "rs":
         scheduler.kv_arrived(name, 4, PrefillPath.REMOTE, now=1.0)
     step(scheduler)
-    assert scheduler.num_running == 2
-    assert scheduler.num_waiting == 1
+    assert scheduler.queues.num_running == 2
+    assert scheduler.queues.num_waiting == 1
 
 
 def test_prefill_only_keeps_its_blocks_until_they_were_sent() -> None:
@@ -176,7 +176,7 @@ def test_preemption_takes_the_youngest_and_it_finishes_later() -> None:
     old, young = request("a", 3, max_tokens=4), request("b", 2, max_tokens=4)
     for one in (old, young):
         scheduler.add(one)
-    while scheduler.num_requests:
+    while scheduler.queues:
         assert step(scheduler)
         scheduler.check()
     assert scheduler.num_preemptions > 0
@@ -208,7 +208,7 @@ def test_random_workloads_finish_and_leak_nothing(seed: int) -> None:
     reading: list[str] = []
     awaiting: list[Request] = []
     for _ in range(10_000):
-        if not scheduler.num_requests:
+        if not scheduler.queues:
             break
         step(scheduler)
         scheduler.check()
@@ -225,5 +225,5 @@ def test_random_workloads_finish_and_leak_nothing(seed: int) -> None:
             scheduler.abort(victim.request_id, keep_blocks=victim.is_prefill_only)
             if victim.status is RequestStatus.SENDING and victim.request_id not in reading:
                 reading.append(victim.request_id)
-    assert scheduler.num_requests == 0
+    assert len(scheduler.queues) == 0
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
