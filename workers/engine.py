@@ -10,19 +10,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from antiphon.block_hash import BlockHash
 from antiphon.errors import AntiphonError, StepAbandonedError, WorkerBusyError
 from antiphon.messages import Load, RequestOutput
-from antiphon.request_timing import RequestTiming
 from antiphon.workers.batch import Batch
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.engine_stats import EngineStats
 from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.request import PrefillPath, Request
 from antiphon.workers.scheduler import Scheduler, SchedulerConfig
+from antiphon.workers.step_outputs import first_token_timings, step_outputs
 from antiphon.workers.step_times import StepTimes
 from antiphon.workers.timeline import Handoff
 
@@ -246,39 +246,18 @@ class Engine:
             self._fail(batch, error)
             return
         now = time.monotonic()
-        timings = {
-            chunk.request.request_id: chunk.request.timeline.timing(
-                chunk.request.path, (started, now), computes_prompt=chunk.num_tokens > 1
-            )
-            for chunk in batch.chunks
-            if chunk.samples and not chunk.request.output_token_ids
-        }
+        timings = first_token_timings(batch, started, now)
         self._scheduler.complete(batch, token_ids, now)
         self._measure(batch, now - started, now)
-        self._report(batch, token_ids, timings)
+        self._report(batch, step_outputs(batch, token_ids, timings))
 
     def _is_abandoned(self, batch: Batch) -> bool:
         aborting = self._aborting
         return bool(aborting) and all(c.request.request_id in aborting for c in batch.chunks)
 
-    def _report(
-        self, batch: Batch, token_ids: Sequence[int], timings: Mapping[str, RequestTiming]
-    ) -> None:
-        outputs = []
-        sampled = iter(token_ids)
-        for chunk in batch.chunks:
-            request = chunk.request
-            if chunk.samples:
-                outputs.append(
-                    RequestOutput(
-                        request_id=request.request_id,
-                        token_ids=[next(sampled)],
-                        finish_reason=request.finish_reason,
-                        num_cached_tokens=request.num_cached_tokens,
-                        timing=timings.get(request.request_id),
-                    )
-                )
-            elif request.is_prefill_only and request.num_remaining_tokens:
+    def _report(self, batch: Batch, outputs: list[RequestOutput]) -> None:
+        for request in (chunk.request for chunk in batch.chunks if not chunk.samples):
+            if request.is_prefill_only and request.num_remaining_tokens:
                 self._listener.on_prompt_progress(request)
         self._report_prefilled()
         if outputs:
