@@ -1,16 +1,14 @@
-"""The HTTP layer's backend over the real workers: sessions, routing, retries.
+"""The HTTP layer's backend over the real workers: routing and retries.
 
-Serve tells which workers there are (``set_workers``); for each a task keeps a session open, trying
-again with growing pauses until Serve says that the worker is gone. A request goes where the policy
-says, and on to another worker if that one is busy, draining or lost, with what it has so far:
-``deployment.replay`` keeps the account.
+A request goes where the policy says, and on to another worker if that one is busy, draining or
+lost, with what it has so far: ``deployment.replay`` keeps the account. ``WorkerSessions`` holds the
+sessions over which it goes.
 """
 
 import asyncio
 import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -21,25 +19,15 @@ from antiphon.deployment.journey import Attempt, Journey
 from antiphon.deployment.replay import Replay, replay_reason
 from antiphon.deployment.request_spans import traced
 from antiphon.deployment.submission import describe, submission
-from antiphon.deployment.worker_connection import WorkerConnection
+from antiphon.deployment.worker_sessions import WorkerSessions
 from antiphon.errors import (
     AntiphonError,
     CapacityError,
     InvalidParameterError,
     ServiceStoppingError,
-    TelemetryGapError,
     WorkerLostError,
 )
-from antiphon.messages import (
-    PrefillPeer,
-    PrefillPool,
-    RequestOutput,
-    Role,
-    SamplingParams,
-    Submit,
-    Telemetry,
-    WorkerCard,
-)
+from antiphon.messages import RequestOutput, Role, SamplingParams, Submit, WorkerCard
 from antiphon.router.decision import Decision
 from antiphon.router.policy import Policy
 from antiphon.router.telemetry_view import ClusterView
@@ -47,8 +35,6 @@ from antiphon.router.telemetry_view import ClusterView
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
-_RECONNECT_SECONDS = (0.05, 2.0)  # first and longest pause
-_CLOSE_SECONDS = 5.0
 _UNLIMITED = 2**31
 
 
@@ -72,17 +58,13 @@ class ClusterBackend:
         self.model_name = model_name
         self._needed_roles = needed_roles
         self._metrics = metrics
-        self._client_id = f"ingress-{uuid.uuid4().hex[:12]}"
         self._view = ClusterView()
+        self.sessions = WorkerSessions(self._view, metrics)
         self._config = config
         self._policy = Policy(config)
         self._stopping: ServiceStoppingError | None = None
         self._is_cut_off = False
         self._num_open = 0
-        self._connections: dict[str, WorkerConnection] = {}
-        self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
-        self._kept: set[str] = set()  # incarnations that a task holds a session with
-        self._tasks: set[asyncio.Task[None]] = set()
         metrics.registry.register(ClusterCollector(self._view, needed_roles))
 
     @property
@@ -96,7 +78,7 @@ class ClusterBackend:
         if self._stopping is not None:
             return False, str(self._stopping)
         views = (*self._view.prefill_workers, *self._view.decode_workers)
-        usable = [v.card for v in views if v.card.incarnation in self._listed]
+        usable = [v.card for v in views if self.sessions.is_listed(v.card.incarnation)]
         missing = sorted(role.value for role in self._needed_roles - {c.role for c in usable})
         if missing:
             return False, f"no {' or '.join(missing)} worker is connected"
@@ -105,7 +87,7 @@ class ClusterBackend:
     @property
     def listed_workers(self) -> list[WorkerCard]:
         """The workers that Serve runs, connected or not."""
-        return list(self._listed.values())
+        return self.sessions.listed
 
     @property
     def view(self) -> ClusterView:
@@ -114,23 +96,11 @@ class ClusterBackend:
 
     def describe_workers(self) -> list[dict[str, Any]]:
         """Who is connected, where it runs and how busy it is."""
-        return describe(self._view, (each.card for each in self._connections.values()))
+        return describe(self._view, self.sessions.connected)
 
     def set_workers(self, role: Role, cards: Mapping[str, WorkerCard]) -> None:
         """Take in the running workers of one pool; on the event loop."""
-        wanted = {card.incarnation: card for card in cards.values()}
-        for incarnation, card in tuple(self._listed.items()):
-            if card.role is role and incarnation not in wanted:
-                # Route nothing more to it; requests that it still has may finish.
-                del self._listed[incarnation]
-        for incarnation, card in wanted.items():
-            self._listed[incarnation] = card
-            # A worker may be listed again while its session is still open: one is enough.
-            if incarnation not in self._kept:
-                self._kept.add(incarnation)
-                self._spawn(self._keep(card))
-        if role is Role.PREFILL:
-            self._announce_prefill_pool(tuple(self._connections.values()))
+        self.sessions.set_workers(role, cards)
 
     async def generate(
         self,
@@ -172,18 +142,11 @@ class ClusterBackend:
         if self._num_open:
             logger.warning("%d requests are cut off by the stop", self._num_open)
         self._is_cut_off = True
-        for connection in self._connections.values():
-            connection.fail_all(self._stopping)
+        self.sessions.fail_all(self._stopping)
 
     async def close(self) -> None:
         """End all sessions."""
-        self._listed.clear()
-        connections = tuple(self._connections.values())
-        for task in (tasks := tuple(self._tasks)):
-            task.cancel()
-        closing = [asyncio.create_task(connection.close()) for connection in connections]
-        if closing or tasks:
-            await asyncio.wait([*closing, *tasks], timeout=_CLOSE_SECONDS)
+        await self.sessions.close()
 
     async def _choose(self, replay: Replay) -> Decision:
         """Choose workers, waiting for one if the request may wait."""
@@ -193,7 +156,7 @@ class ClusterBackend:
             now = time.monotonic()
             if self._is_cut_off and self._stopping is not None:
                 raise self._stopping
-            exclude = frozenset(replay.excluded(now) | self._leaving())
+            exclude = frozenset(replay.excluded(now) | self.sessions.leaving)
             try:
                 decision = self._policy.choose(self._view, prompt, now, exclude)
             except CapacityError as error:
@@ -221,17 +184,13 @@ class ClusterBackend:
             request_id, reason, decision.decode.replica_id, len(replay.output_token_ids), error,
         )  # fmt: skip
 
-    def _leaving(self) -> set[str]:
-        """Workers that have a session still, but that Serve lists no more."""
-        return self._connections.keys() - self._listed.keys()
-
     async def _attempt(
         self, decision: Decision, request: Submit, journey: Journey
     ) -> AsyncGenerator[RequestOutput, None]:
         attempt = Attempt(decision, request.request_id, time.monotonic())
         journey.sent(attempt)
         request = traced(request, journey)
-        connection = self._connections.get(decision.decode.incarnation)
+        connection = self.sessions.get(decision.decode.incarnation)
         if connection is None:
             raise WorkerLostError(f"the session with {decision.decode.replica_id} has just ended")
         self._policy.on_sent(self._view, decision)
@@ -253,64 +212,3 @@ class ClusterBackend:
         self._policy.on_first_token(decision)
         seconds = time.monotonic() - decision.decided_at
         self._metrics.first_token_came(decision.reason, decision.predicted_ttft_seconds, seconds)
-
-    async def _keep(self, card: WorkerCard) -> None:
-        """Hold a session with one incarnation for as long as Serve lists it."""
-        pause, longest = _RECONNECT_SECONDS
-        try:
-            while card.incarnation in self._listed:
-                began_at = time.monotonic()
-                try:
-                    await self._hold_session(card)
-                    if card.incarnation in self._listed:
-                        self._metrics.session_lost(card.role)
-                    logger.warning("lost the session with %s worker %s", card.role, card.url)
-                except AntiphonError as error:
-                    logger.warning("cannot reach %s worker %s: %s", card.role, card.url, error)
-                except Exception:  # giving up would lose the worker for as long as Serve lists it
-                    logger.exception("session with %s worker %s failed", card.role, card.url)
-                if time.monotonic() - began_at > longest:
-                    pause = _RECONNECT_SECONDS[0]
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, longest)
-        finally:
-            self._kept.discard(card.incarnation)
-
-    async def _hold_session(self, card: WorkerCard) -> None:
-        lost = asyncio.Event()
-        self._view.join(card)
-        try:
-            connection = await WorkerConnection.open(
-                card,
-                self._client_id,
-                on_telemetry=lambda telemetry: self._apply(card, telemetry),
-                on_lost=lost.set,
-            )
-            self._connections[card.incarnation] = connection
-            logger.info("connected to %s worker %s", card.role, card.url)
-            self._announce_prefill_pool([connection])
-            await lost.wait()
-        finally:
-            self._connections.pop(card.incarnation, None)
-            self._view.leave(card.incarnation)
-
-    def _announce_prefill_pool(self, connections: Iterable[WorkerConnection]) -> None:
-        """Let decode workers prewarm their links."""
-        cards = [card for card in self._listed.values() if card.role is Role.PREFILL]
-        pool = PrefillPool(tuple(PrefillPeer.of(card) for card in cards))
-        for connection in connections:
-            if connection.card.role is Role.DECODE:
-                connection.announce(pool)
-
-    def _apply(self, card: WorkerCard, telemetry: Telemetry) -> None:
-        try:
-            self._view.apply(card.incarnation, telemetry, time.monotonic())
-        except TelemetryGapError as error:
-            logger.warning("%s", error)
-            if connection := self._connections.get(card.incarnation):
-                self._spawn(connection.close())
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -1,4 +1,4 @@
-"""The backend over real workers in this process: retries, losses, reconnection, readiness."""
+"""The backend over real workers in this process: retries, losses, readiness."""
 
 import asyncio
 import threading
@@ -12,10 +12,9 @@ from pools import assert_idle, start, until
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
-from antiphon.deployment import cluster_backend
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
-from antiphon.errors import NoWorkerError, WorkerBusyError, WorkerLostError
+from antiphon.errors import NoWorkerError, WorkerBusyError
 from antiphon.messages import RequestOutput, Role, SamplingParams
 from antiphon.workers.worker import Worker
 
@@ -77,7 +76,7 @@ def test_a_pair_of_pools_answers_as_the_model_does() -> None:
         assert prefill.engine.stats.num_prompt_tokens == len(prompt) - 1
         await assert_idle(prefill, decode)
         await close(backend, prefill, decode)
-        assert not backend._tasks
+        assert not backend.sessions._tasks
 
     run(scenario())
 
@@ -211,31 +210,12 @@ def test_a_client_that_goes_away_aborts_at_once() -> None:
             backend.generate("r", PROMPT, SamplingParams(400, temperature=0))
         ) as outputs:
             await anext(outputs)
-        (connection,) = backend._connections.values()
+        connection = backend.sessions.get(worker.card.incarnation)
+        assert connection is not None
         assert connection.num_requests == 0
         assert backend._policy.num_outstanding(worker.card.incarnation) == 0
         assert await until(lambda: worker.num_requests == 0) < 1.0
         await assert_idle(worker)
-        await close(backend, worker)
-
-    run(scenario())
-
-
-def test_a_lost_session_is_opened_again() -> None:
-    model = tiny_model("llama")
-
-    async def scenario() -> None:
-        worker = await start(Role.COLOCATED, model)
-        backend = backend_for(Role.COLOCATED)
-        await connected(backend, Role.COLOCATED, worker)
-        (before,) = backend._connections.values()
-        (session,) = worker._server.sessions
-        session.cut()
-        await until(lambda: not backend.is_ready()[0])
-        await until(lambda: backend.is_ready()[0])
-        (after,) = backend._connections.values()
-        assert after is not before
-        assert len(await generate(backend, 2)) == 2
         await close(backend, worker)
 
     run(scenario())
@@ -259,54 +239,8 @@ def test_a_worker_that_leaves_finishes_and_may_be_listed_again() -> None:
         assert len(await generate(backend, 2, "again")) == 2
         assert len(await streaming) == 60
         assert len(worker._server.sessions) == 1
-        assert len(backend._tasks) == 1
+        assert len(backend.sessions._tasks) == 1
         await close(backend, worker)
-
-    run(scenario())
-
-
-def test_a_failure_while_connecting_does_not_lose_the_worker(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = tiny_model("llama")
-    monkeypatch.setattr(cluster_backend, "_RECONNECT_SECONDS", (0.01, 0.02))
-
-    async def scenario() -> None:
-        worker = await start(Role.COLOCATED, model)
-        backend = backend_for(Role.COLOCATED)
-        open_session = cluster_backend.WorkerConnection.open
-        failures: list[Exception] = [KeyError("a bug"), WorkerLostError("another incarnation")]
-
-        async def fail_first(*args: Any, **kwargs: Any) -> Any:
-            if failures:
-                raise failures.pop()
-            return await open_session(*args, **kwargs)
-
-        monkeypatch.setattr(cluster_backend.WorkerConnection, "open", fail_first)
-        await connected(backend, Role.COLOCATED, worker)
-        assert not failures
-        await close(backend, worker)
-
-    run(scenario())
-
-
-def test_a_worker_that_is_not_listed_any_more_is_not_sought(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = tiny_model("llama")
-    monkeypatch.setattr(cluster_backend, "_RECONNECT_SECONDS", (0.01, 0.02))
-
-    async def scenario() -> None:
-        worker = await start(Role.COLOCATED, model)
-        backend = backend_for(Role.COLOCATED)
-        await connected(backend, Role.COLOCATED, worker)
-        await worker.close()
-        await until(lambda: not backend._connections)
-        assert backend._tasks
-        show(backend, Role.COLOCATED)
-        await until(lambda: not backend._tasks)
-        assert not backend._kept
-        await backend.close()
 
     run(scenario())
 

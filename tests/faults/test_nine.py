@@ -171,7 +171,7 @@ def test_no_failure_is_answered_as_a_success(model: Any, streams: bool, num_step
                 assert answer.json()["error"]["message"]
             assert '"finish_reason":"' not in answer.text.replace(" ", "")
             await worker.close()
-            await until(lambda: not backend._connections)
+            await until(lambda: not backend.sessions.connected)
             answer = await http.post("/v1/completions", json=BODY)
             assert answer.status_code == 503
             assert int(answer.headers["Retry-After"]) > 0

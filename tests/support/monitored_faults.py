@@ -131,7 +131,7 @@ async def _cut_sessions(system: MonitoredSystem) -> None:
             or first.metrics.count("antiphon_replays_total", reason="lost") < _NUM_REPLAYS
         ):
             await asyncio.sleep(0.05)
-            connection = first.backend._connections.get(system.decode[0].card.incarnation)
+            connection = first.backend.sessions.get(system.decode[0].card.incarnation)
             if connection is not None and connection.num_requests:
                 system.proxy.cut()
                 num_cuts += 1
