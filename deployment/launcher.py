@@ -11,6 +11,7 @@ only the application is removed. SIGTERM ends it like Ctrl-C:
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -60,15 +61,23 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
 
 def _check_port(config: AntiphonConfig) -> None:
     host, port = config.http.host, config.http.port
-    with socket.socket() as probe:
+    if (error := listen_error(host, port)) is not None:
+        raise ConfigError(
+            f"http: cannot listen on {host}:{port}: {error}; "
+            "stop what listens there or choose another with --port"
+        )
+
+
+def listen_error(host: str, port: int) -> str | None:
+    """Why nobody can listen at an address of this machine; None if one can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(
-                f"http: cannot listen on {host}:{port}: {error.strerror}; "
-                "stop what listens there or choose another with --port"
-            ) from None
+            return error.strerror
+    return None
 
 
 def _check_api_keys(config: AntiphonConfig, address: str | None) -> None:
@@ -88,6 +97,12 @@ def _resolve_model(config: AntiphonConfig) -> None:
     typer.echo(f"  in {folder}")
 
 
+def local_cpus(config: AntiphonConfig) -> int:
+    """CPUs that a Ray of its own offers: this machine's, or more if the workers reserve more."""
+    needed = sum(pool.replicas * pool.num_cpus for pool in config.pools.values())
+    return max(os.cpu_count() or 1, math.ceil(needed))
+
+
 @contextmanager
 def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -99,8 +114,7 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
         typer.echo(f"joining Ray at {address}")
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     else:
-        needed = sum(pool.replicas * pool.num_cpus for pool in config.pools.values())
-        num_cpus = max(os.cpu_count() or 1, int(-(-needed // 1)))
+        num_cpus = local_cpus(config)
         typer.echo(f"starting Ray with {num_cpus} CPUs")
         ray.init(
             address="local",  # not one that happens to run here

@@ -1,7 +1,7 @@
 """What runs on each node on behalf of ``antiphon doctor``.
 
 Ray is sent this module by value, so it also runs on a node where the package is missing or another
-version, and can say so. It imports the standard library alone until ``call`` is used.
+version, and can say so. It imports the standard library alone until more than versions is asked.
 """
 
 import importlib
@@ -37,12 +37,10 @@ class Agent:
         self._address = address
         self._examiner: Any = None
 
-    def versions(self) -> dict[str, str | None]:
-        """See ``read_versions``."""
-        return read_versions()
-
     def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """Call a method of the node's ``Examiner``."""
+        """``read_versions``, or a method of the node's ``Examiner``."""
+        if method == "versions":
+            return read_versions()
         if self._examiner is None:
             for name in _VISIBLE:
                 if os.environ.get(name) == "":

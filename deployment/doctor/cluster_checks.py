@@ -20,10 +20,10 @@ _SLOW_SHARE = 0.5  # of a rate: below this a prediction is off by more than a fa
 def check_nodes(facts: ClusterFacts) -> Iterator[Finding]:
     """Every node answers."""
     if not facts.members:
-        yield Finding("nodes", "cluster", "no living node", "one", "start Ray")
+        yield Finding("cluster", "no living node", "one", "start Ray")
     for name, reason in facts.failures.items():
         yield Finding(
-            "nodes", name, reason, "an answer to every question",
+            name, reason, "an answer to every question",
             "look at the node's load and at Ray's log there; raise --time-limit if it is only slow",
         )  # fmt: skip
 
@@ -37,14 +37,14 @@ def check_versions(facts: ClusterFacts) -> Iterator[Finding]:
             if found != wanted:
                 is_ours = package == "antiphon"
                 yield Finding(
-                    "versions", name,
+                    name,
                     f"{package} {found or 'is not installed'}"
                     f"{'; nothing else was looked at' if is_ours else ''}",
                     f"{package} {wanted or 'is not installed'}, as where this command runs", mend,
                 )  # fmt: skip
     for name, node in facts.nodes.items():
         for unmet in node.unmet:
-            yield Finding("versions", name, unmet, "what the package requires", mend)
+            yield Finding(name, unmet, "what the package requires", mend)
     yield from _nccl_versions(facts, mend)
 
 
@@ -53,14 +53,14 @@ def _nccl_versions(facts: ClusterFacts, mend: str) -> Iterator[Finding]:
     usual = most_common(versions.values())
     for name, version in versions.items():
         if version != usual and facts.config.handoff.transport == "nccl":
-            yield Finding("versions", name, f"NCCL {version}", f"NCCL {usual}, as elsewhere", mend)
+            yield Finding(name, f"NCCL {version}", f"NCCL {usual}, as elsewhere", mend)
 
 
 def check_model(facts: ClusterFacts) -> Iterator[Finding]:
     """Every node finds the same model under the same source, and it can be served."""
     if facts.shape_error is not None:
         yield Finding(
-            "model", "cluster", facts.shape_error, "a model whose needs can be counted",
+            "cluster", facts.shape_error, "a model whose needs can be counted",
             "name a model that can be served, or mend its config.json",
         )  # fmt: skip
     models = {name: node.model for name, node in facts.nodes.items()}
@@ -69,19 +69,19 @@ def check_model(facts: ClusterFacts) -> Iterator[Finding]:
     for name, model in models.items():
         if model.is_to_be_made:
             yield Finding(
-                "model", name, str(model.error), f"{source}, ready",
+                name, str(model.error), f"{source}, ready",
                 "start antiphon serve there once, put a ready folder there, or let the first "
                 "start take longer; a download needs a connection",
                 Severity.WARNING,
             )  # fmt: skip
         elif model.error is not None:
             yield Finding(
-                "model", name, model.error, f"{source}, as on every node",
+                name, model.error, f"{source}, as on every node",
                 "put the model there under the same source",
             )  # fmt: skip
         elif model.fingerprint != usual:
             yield Finding(
-                "model", name, f"weights or config.json with fingerprint {model.fingerprint}",
+                name, f"weights or config.json with fingerprint {model.fingerprint}",
                 f"fingerprint {usual}, as elsewhere", "copy the model from another node",
             )  # fmt: skip
 
@@ -95,7 +95,7 @@ def check_placement(facts: ClusterFacts) -> Iterator[Finding]:
         able = len(nodes_for(facts.config, role, facts.members))
         each = ", ".join(f"{name} {amount:g}" for name, amount in needs(pool).items()) or "nothing"
         yield Finding(
-            "placement", "cluster",
+            "cluster",
             f"room for {pool.replicas - missing} of {pool.replicas} {role} workers; {able} of "
             f"{len(facts.members)} nodes can hold one",
             f"for each of them {each}",
@@ -108,7 +108,7 @@ def check_ports(facts: ClusterFacts) -> Iterator[Finding]:
     for path in facts.paths:
         if path.error is not None:
             yield Finding(
-                "ports", between(path.source, path.target), path.error,
+                path.where, path.error,
                 "connections between all nodes, at ports that are chosen at start",
                 "open the firewall, security group or network policy between these nodes",
             )  # fmt: skip
@@ -129,7 +129,7 @@ def check_clocks(facts: ClusterFacts) -> Iterator[Finding]:
         if least > _CLOCK_WARNING_SECONDS:
             is_far = least > _CLOCK_PROBLEM_SECONDS
             yield Finding(
-                "clocks", name, f"{offset - usual:+.3f} s from other nodes",
+                name, f"{offset - usual:+.3f} s from other nodes",
                 f"at most {_CLOCK_WARNING_SECONDS} s, so that logs and metrics can be put in order",
                 "run chrony or another NTP client there",
                 Severity.PROBLEM if is_far else Severity.WARNING,
@@ -138,32 +138,21 @@ def check_clocks(facts: ClusterFacts) -> Iterator[Finding]:
 
 def check_links(facts: ClusterFacts) -> Iterator[Finding]:
     """Each pair of a prefill and a decode node has a link, as fast as the router believes."""
-    for link in facts.links:
-        where = f"{between(link.sender, link.receiver)} ({link.transport})"
-        if link.error is not None:
-            mend = _MEND_LINK[link.transport] if link.error != OUT_OF_TIME else "raise --time-limit"
-            yield Finding("links", where, link.error, "a link for KV", mend)
-    yield from _slow_links(facts)
-
-
-def _slow_links(facts: ClusterFacts) -> Iterator[Finding]:
     assumed = facts.config.router.link_bytes_per_second
     for link in facts.links:
-        if link.transport != facts.config.handoff.transport or link.error is not None:
-            continue
-        if link.bytes_per_second < _SLOW_SHARE * assumed:
+        if link.error is not None:
+            mend = _MEND_LINK[link.transport] if link.error != OUT_OF_TIME else "raise --time-limit"
+            yield Finding(link.where, link.error, "a link for KV", mend)
+        elif (
+            link.transport == facts.config.handoff.transport
+            and link.bytes_per_second < _SLOW_SHARE * assumed
+        ):
             yield Finding(
-                "links", f"{between(link.sender, link.receiver)} ({link.transport})",
-                f"{link.bytes_per_second / 1e9:.2f} GB/s",
+                link.where, f"{link.bytes_per_second / 1e9:.2f} GB/s",
                 f"{assumed / 1e9:.2f} GB/s, which the router expects",
                 "mend the network, or set router.link_bytes_per_second to what is measured",
                 Severity.WARNING,
             )  # fmt: skip
-
-
-def between(source: str, target: str) -> str:
-    """Name a direction."""
-    return f"{source} -> {target}"
 
 
 def most_common(values: Iterable[str | None]) -> str | None:

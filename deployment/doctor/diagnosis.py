@@ -3,48 +3,32 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from antiphon.deployment.doctor.cluster_checks import (
-    check_clocks,
-    check_links,
-    check_model,
-    check_nodes,
-    check_placement,
-    check_ports,
-    check_versions,
-)
+from antiphon.deployment.doctor import cluster_checks, node_checks
 from antiphon.deployment.doctor.facts import ClusterFacts, Finding
-from antiphon.deployment.doctor.node_checks import (
-    check_cores,
-    check_devices,
-    check_files,
-    check_http,
-    check_memory,
-    check_shared_memory,
-)
 
 CHECKS: Mapping[str, Callable[[ClusterFacts], Iterable[Finding]]] = {
-    "nodes": check_nodes,
-    "versions": check_versions,
-    "placement": check_placement,
-    "devices": check_devices,
-    "model": check_model,
-    "memory": check_memory,
-    "cores": check_cores,
-    "shared memory": check_shared_memory,
-    "open files": check_files,
-    "http port": check_http,
-    "ports": check_ports,
-    "clocks": check_clocks,
-    "links": check_links,
+    "nodes": cluster_checks.check_nodes,
+    "versions": cluster_checks.check_versions,
+    "placement": cluster_checks.check_placement,
+    "devices": node_checks.check_devices,
+    "model": cluster_checks.check_model,
+    "memory": node_checks.check_memory,
+    "cores": node_checks.check_cores,
+    "shared memory": node_checks.check_shared_memory,
+    "open files": node_checks.check_files,
+    "http port": node_checks.check_http,
+    "ports": cluster_checks.check_ports,
+    "clocks": cluster_checks.check_clocks,
+    "links": cluster_checks.check_links,
 }
 
 
 def diagnose(facts: ClusterFacts) -> list[Finding]:
     """Everything that should be mended; what is the same in several places comes once."""
     merged: dict[Finding, list[str]] = {}
-    for check in CHECKS.values():
+    for name, check in CHECKS.items():
         for finding in check(facts):
-            merged.setdefault(replace(finding, where=""), []).append(finding.where)
+            merged.setdefault(replace(finding, check=name, where=""), []).append(finding.where)
     return [
         replace(finding, where=", ".join(dict.fromkeys(places)))
         for finding, places in merged.items()

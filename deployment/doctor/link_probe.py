@@ -1,11 +1,8 @@
 """Makes one link as workers do, and measures it.
 
-The sending end commands: a message of 8 bytes holds a number, then so many pieces follow, then the
-receiving end answers with the same number.
-
-    0          a round trip
-    n          n pieces, all of them posted at once at both ends, as a long prompt's segments are
-    -1         the end
+Both ends know the exchanges: a message of 8 bytes and so many pieces of KV's size, all posted at
+once at both ends as a long prompt's segments are, then the message comes back. Those without pieces
+are round trips; the first piece warms the link, and the pieces after it give the rate.
 """
 
 import logging
@@ -22,10 +19,9 @@ from antiphon.workers.handoff.transport import Link, Place, Transport
 logger = logging.getLogger(__name__)
 
 _PIECE_BYTES = 8 << 20
-_MAX_PIECES = 32
-_MEASURE_SECONDS = 0.2
+_NUM_PIECES = 8
 _NUM_ROUND_TRIPS = 20
-_END = -1
+_EXCHANGES = (*[0] * _NUM_ROUND_TRIPS, 1, _NUM_PIECES)  # pieces in each
 
 
 def make_transport(name: str, host: str) -> Transport:
@@ -42,7 +38,12 @@ def serve_link(transport: Transport, link_id: str, timeout_seconds: float) -> No
     try:
         link = transport.accept(link_id, timeout_seconds)
         try:
-            _obey(link, transport.place, timeout_seconds)
+            message, payload = _buffers(transport.place)
+            for num_pieces in _EXCHANGES:
+                link.recv(message, timeout_seconds)
+                for receive in [link.start_recv(payload) for _ in range(num_pieces)]:
+                    receive.wait(timeout_seconds)
+                link.send([message], timeout_seconds)
         finally:
             link.close()
     except (AntiphonError, TimeoutError) as error:
@@ -61,38 +62,28 @@ def measure_link(
     link = transport.connect(address, link_id, timeout_seconds)
     setup_seconds = time.monotonic() - started_at
     try:
-        trips = [_send(link, 0, None, timeout_seconds) for _ in range(_NUM_ROUND_TRIPS)]
-        payload = _payload(transport.place)
-        first_seconds = _send(link, 1, payload, timeout_seconds)  # also warms the link
-        num_pieces = max(1, min(_MAX_PIECES, int(_MEASURE_SECONDS / first_seconds)))
-        seconds = _send(link, num_pieces, payload, timeout_seconds)
-        _send(link, _END, None, timeout_seconds)
+        message, payload = _buffers(transport.place)
+        seconds = [
+            _exchange(link, message, [payload] * num_pieces, timeout_seconds)
+            for num_pieces in _EXCHANGES
+        ]
     finally:
         link.close()
-    return setup_seconds, statistics.median(trips), num_pieces * _PIECE_BYTES / seconds
+    round_trip_seconds = statistics.median(seconds[:_NUM_ROUND_TRIPS])
+    return setup_seconds, round_trip_seconds, _NUM_PIECES * _PIECE_BYTES / seconds[-1]
 
 
-def _obey(link: Link, place: Place, timeout_seconds: float) -> None:
-    payload = _payload(place)
-    message = torch.zeros(1, dtype=torch.int64)
-    while message.item() != _END:
-        link.recv(message.view(torch.uint8), timeout_seconds)
-        receives = [link.start_recv(payload) for _ in range(int(message.item()))]
-        for receive in receives:
-            receive.wait(timeout_seconds)
-        link.send([message.view(torch.uint8)], timeout_seconds)
-
-
-def _send(link: Link, command: int, payload: torch.Tensor | None, timeout_seconds: float) -> float:
-    """Give a command, with its pieces; return the seconds until it was answered."""
-    message = torch.tensor([command]).view(torch.uint8)
-    pieces = [payload] * command if payload is not None else []
+def _exchange(
+    link: Link, message: torch.Tensor, pieces: list[torch.Tensor], timeout_seconds: float
+) -> float:
+    """Send and wait for the answer; return the seconds that it took."""
     started_at = time.perf_counter()
     link.send([message, *pieces], timeout_seconds)
     link.recv(message, timeout_seconds)
     return time.perf_counter() - started_at
 
 
-def _payload(place: Place) -> torch.Tensor:
+def _buffers(place: Place) -> tuple[torch.Tensor, torch.Tensor]:
     device = "cpu" if place is Place.HOST else "cuda"
-    return torch.zeros(_PIECE_BYTES, dtype=torch.uint8, device=device)
+    payload = torch.zeros(_PIECE_BYTES, dtype=torch.uint8, device=device)
+    return torch.zeros(8, dtype=torch.uint8), payload

@@ -1,26 +1,57 @@
-"""Reads what one machine, or one pod, has: devices, cores, memory, limits, installed packages."""
+"""Reads what one machine, or one pod, has: packages, devices, memory, limits, port and model."""
 
 import importlib.metadata
 import os
 import re
 import resource
 import shutil
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 
-from antiphon.deployment.doctor.facts import GpuFacts
+from antiphon.deployment.doctor.facts import GpuFacts, ModelFacts, NodeFacts
+from antiphon.deployment.launcher import listen_error
+from antiphon.errors import ConfigError
+from antiphon.workers.model_source import fingerprint, resolve_model
 
 _cuda: Any = torch.cuda  # its stubs lack what is used here
-_DRIVER = Path("/proc/driver/nvidia/version")
 _DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
-_MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
+_SHARED_MEMORY = Path("/dev/shm")
+_SERVE_SECONDS = 2.0
 
 
-def unmet_requirements() -> tuple[str, ...]:
+def look_around(source: str, http_host: str, http_port: int) -> NodeFacts:
+    """Everything about this machine alone.
+
+    Args:
+        source: Of the model.
+        http_host: That the endpoint will listen on.
+        http_port: The same.
+    """
+    gpus, gpu_error = read_gpus()
+    total, free = _memory_bytes()
+    has_shm = _SHARED_MEMORY.is_dir()
+    return NodeFacts(
+        unmet=_unmet_requirements(),
+        nccl=_nccl_version(),
+        gpus=gpus,
+        gpu_error=gpu_error,
+        cores=_num_cores(),
+        memory_bytes=total,
+        free_bytes=free,
+        shared_memory_bytes=shutil.disk_usage(_SHARED_MEMORY).total if has_shm else 0,
+        max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        wait_policy=os.environ.get("OMP_WAIT_POLICY"),
+        http_error=http_error(http_host, http_port),
+        model=find_model(source),
+    )
+
+
+def _unmet_requirements() -> tuple[str, ...]:
     """What the installed package requires, extras aside, and is missing or another version."""
     problems = []
     for text in importlib.metadata.requires("antiphon") or []:
@@ -47,58 +78,6 @@ def read_gpus() -> tuple[tuple[GpuFacts, ...], str | None]:
         return (), str(error).partition("\n")[0]
 
 
-def nccl_version() -> str | None:
-    """Of the NCCL that torch brings."""
-    if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
-        return None
-    return ".".join(str(part) for part in _cuda.nccl.version())
-
-
-def driver_version() -> str | None:
-    """Of NVIDIA's kernel module."""
-    try:
-        found = re.search(r"(\d+\.\d+[.\d]*)", _DRIVER.read_text())
-    except OSError:
-        return None
-    return found[1] if found else None
-
-
-def num_cores() -> float:
-    """Cores that this process may use."""
-    cores = float(len(os.sched_getaffinity(0)))
-    quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
-    return min(cores, int(quota) / int(period)) if quota.isdigit() else cores
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Memory of the machine or the pod, and what of it is available."""
-    text = _read(_MEMINFO)
-    total, available = (
-        int(re.findall(rf"^{name}:\s*(\d+) kB$", text, re.MULTILINE)[0]) * 1024
-        for name in ("MemTotal", "MemAvailable")
-    )
-    limit = _read(_CGROUP / "memory.max")
-    return (
-        (min(total, int(limit)), min(available, int(limit)))
-        if limit.isdigit()
-        else (
-            total,
-            available,
-        )
-    )
-
-
-def shared_memory_bytes() -> int:
-    """Size of /dev/shm, whatever is used of it; 0 if there is none."""
-    path = Path("/dev/shm")
-    return shutil.disk_usage(path).total if path.is_dir() else 0
-
-
-def max_open_files() -> int:
-    """Descriptors that one process may hold; the soft limit."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
 def _why_none() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} was built without support for GPUs"
@@ -119,8 +98,63 @@ def _gpu(index: int) -> GpuFacts:
     return GpuFacts(properties.name, architecture, total, free)
 
 
+def _nccl_version() -> str | None:
+    if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(str(part) for part in _cuda.nccl.version())
+
+
+def _num_cores() -> float:
+    cores = float(len(os.sched_getaffinity(0)))
+    quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
+    return min(cores, int(quota) / int(period)) if quota.isdigit() else cores
+
+
+def _memory_bytes() -> tuple[int, int]:
+    """Memory of the machine or the pod, and what of it is available."""
+    lines = re.findall(r"^Mem(?:Total|Available): +(\d+) kB$", _read(Path("/proc/meminfo")), re.M)
+    total, available = (int(kilobytes) * 1024 for kilobytes in lines)
+    text = _read(_CGROUP / "memory.max")
+    limit = int(text) if text.isdigit() else total
+    return min(total, limit), min(available, limit)
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+def http_error(host: str, port: int) -> str | None:
+    """Why a port cannot be listened on; a running Serve proxy is no reason."""
+    error = listen_error(host, port)
+    return None if error is None or _is_serve(host, port) else f"{host}:{port}: {error}"
+
+
+def _is_serve(host: str, port: int) -> bool:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    try:
+        url = f"http://{reachable}:{port}/-/healthz"
+        with urllib.request.urlopen(url, timeout=_SERVE_SECONDS) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+class _NotReadyError(Exception):
+    """The model would have to be made first."""
+
+
+def find_model(source: str) -> ModelFacts:
+    """Look for a model as a worker does when it starts, but neither convert nor download it."""
+
+    def stop(before: str) -> None:
+        raise _NotReadyError(before)
+
+    try:
+        return ModelFacts(fingerprint(resolve_model(source, stop)))
+    except _NotReadyError as error:
+        return ModelFacts(error=f"not ready: a worker would begin with {error}", is_to_be_made=True)
+    except ConfigError as error:
+        return ModelFacts(error=str(error))

@@ -1,10 +1,10 @@
 """What can be wrong with a node by itself: facts in, findings out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from antiphon.config import PoolConfig
 from antiphon.deployment.capacity_model import ITEM_BYTES, kv_bytes_per_token
-from antiphon.deployment.doctor.facts import ClusterFacts, Finding, GpuFacts, NodeFacts, Severity
+from antiphon.deployment.doctor.facts import ClusterFacts, Finding, NodeFacts, Severity
 from antiphon.deployment.doctor.placement import nodes_for, place
 from antiphon.deployment.gpus import TUNED
 
@@ -19,43 +19,44 @@ _FILES_PER_LINK, _FILES_PER_REQUEST, _OTHER_FILES = 7, 2, 1024
 
 def check_devices(facts: ClusterFacts) -> Iterator[Finding]:
     """GPUs are there, torch can use them, and kernels were made for them."""
-    for member in facts.members:
-        node = facts.nodes.get(member.name)
-        if node is None:
-            continue
+    wants_gpus = any(pool.num_gpus for pool in facts.config.pools.values())
+    offered = {member.name: member.resources.get("GPU", 0.0) for member in facts.members}
+    for name, node in facts.nodes.items():
         if node.gpu_error is not None:
             yield Finding(
-                "devices", member.name, node.gpu_error, "that torch can use the node's GPUs",
+                name, node.gpu_error, "that torch can use the node's GPUs",
                 "install a driver for the CUDA that torch was built with, and give GPUs to the pod",
-                Severity.PROBLEM if _wants_gpus(facts) else Severity.WARNING,
+                Severity.PROBLEM if wants_gpus else Severity.WARNING,
             )  # fmt: skip
-        offered = member.resources.get("GPU", 0.0)
-        if offered > len(node.gpus) and node.gpu_error is None:
+        elif offered[name] > len(node.gpus):
             yield Finding(
-                "devices", member.name,
-                f"Ray offers {offered:g} GPU(s), torch finds {len(node.gpus)}",
+                name, f"Ray offers {offered[name]:g} GPU(s), torch finds {len(node.gpus)}",
                 "as many GPUs as Ray offers", "start Ray there with the right --num-gpus",
             )  # fmt: skip
-        for role, pool in facts.config.pools.items():
-            if pool.num_gpus and member in nodes_for(facts.config, role, facts.members):
-                yield from _unsupported(member.name, role, pool, node)
+    for role, pool in facts.config.pools.items():
+        for name, node in _able(facts, role):
+            if pool.num_gpus:
+                yield from _unsupported(name, role, pool, node)
 
 
-def _wants_gpus(facts: ClusterFacts) -> bool:
-    return any(pool.num_gpus for pool in facts.config.pools.values())
+def _able(facts: ClusterFacts, role: str) -> Iterator[tuple[str, NodeFacts]]:
+    """Nodes that were looked at, and may get a worker of a role."""
+    for member in nodes_for(facts.config, role, facts.members):
+        if member.name in facts.nodes:
+            yield member.name, facts.nodes[member.name]
 
 
 def _unsupported(name: str, role: str, pool: PoolConfig, node: NodeFacts) -> Iterator[Finding]:
-    for gpu in sorted({gpu.name: gpu for gpu in node.gpus}.values(), key=lambda gpu: gpu.name):
-        if gpu.architecture not in TUNED:
+    for gpu, architecture in sorted({(gpu.name, gpu.architecture) for gpu in node.gpus}):
+        if architecture not in TUNED:
             yield Finding(
-                "devices", name, f"{gpu.name} is {gpu.architecture}",
+                name, f"{gpu} is {architecture}",
                 f"one of {', '.join(sorted(TUNED))}, which kernels were compiled for",
                 f"keep {role} workers from this node with {role}.resources",
             )  # fmt: skip
-        elif gpu.architecture == "sm_80" and pool.engine.kv_cache_dtype == "fp8":
+        elif architecture == "sm_80" and pool.engine.kv_cache_dtype == "fp8":
             yield Finding(
-                "devices", name, f"{gpu.name} is sm_80, which cannot convert fp8",
+                name, f"{gpu} is sm_80, which cannot convert fp8",
                 f"a device that can, for {role}.engine.kv_cache_dtype fp8", "use int8",
             )  # fmt: skip
 
@@ -64,64 +65,53 @@ def check_memory(facts: ClusterFacts) -> Iterator[Finding]:
     """Weights and KV of each worker fit where the worker may go."""
     if facts.shape is None:
         return  # the check of the model says why
-    placed = place(facts.config, facts.members).placed
     for role, pool in facts.config.pools.items():
-        for member in nodes_for(facts.config, role, facts.members):
-            node = facts.nodes.get(member.name)
-            if node is None:
-                continue
-            if pool.num_gpus and pool.engine.device != "cpu":
-                yield from _gpu_memory(facts, role, member.name, node)
-            else:
-                yield from _host_memory(facts, role, member.name, node)
-    for name, node in facts.nodes.items():
-        yield from _free_host_memory(facts, placed.get(name, {}), name, node)
+        on_gpu = pool.num_gpus > 0 and pool.engine.device != "cpu"
+        wanted = worker_bytes(facts, role, on_gpu=on_gpu)
+        for name, node in _able(facts, role):
+            if on_gpu:
+                yield from _gpu_memory(role, name, node, wanted)
+            elif node.memory_bytes < wanted:
+                yield _too_small(role, name, f"memory of {gib(node.memory_bytes)}", wanted)
+    yield from _free_host_memory(facts)
 
 
-def _gpu_memory(facts: ClusterFacts, role: str, name: str, node: NodeFacts) -> Iterator[Finding]:
+def _gpu_memory(role: str, name: str, node: NodeFacts, wanted: float) -> Iterator[Finding]:
     if not node.gpus:
         return
-    wanted = worker_bytes(facts, role, on_gpu=True)
     smallest = min(node.gpus, key=lambda gpu: gpu.memory_bytes)
     fullest = min(node.gpus, key=lambda gpu: gpu.free_bytes)
     if smallest.memory_bytes < wanted:
         yield _too_small(role, name, f"{smallest.name} has {gib(smallest.memory_bytes)}", wanted)
     elif fullest.free_bytes < wanted:
-        yield _in_use(name, fullest, wanted, role)
-
-
-def _in_use(name: str, gpu: GpuFacts, wanted: float, role: str) -> Finding:
-    return Finding(
-        "memory", name, f"{gib(gpu.free_bytes)} of a {gpu.name} are free",
-        f"{gib(wanted)} for a {role} worker",
-        "end what uses the GPU, unless it is the deployment that this one replaces",
-        Severity.WARNING,
-    )  # fmt: skip
-
-
-def _host_memory(facts: ClusterFacts, role: str, name: str, node: NodeFacts) -> Iterator[Finding]:
-    wanted = worker_bytes(facts, role, on_gpu=False)
-    if node.memory_bytes < wanted:
-        yield _too_small(role, name, f"memory of {gib(node.memory_bytes)}", wanted)
-
-
-def _free_host_memory(
-    facts: ClusterFacts, placed: Mapping[str, int], name: str, node: NodeFacts
-) -> Iterator[Finding]:
-    roles = [role for role in placed if not facts.config.pools[role].num_gpus]
-    wanted = sum(placed[role] * worker_bytes(facts, role, on_gpu=False) for role in roles)
-    if node.free_bytes < wanted:
-        workers = " and ".join(f"{placed[role]} {role}" for role in roles)
         yield Finding(
-            "memory", name, f"{gib(node.free_bytes)} are available",
-            f"{gib(wanted)} for {workers} worker(s)",
-            "end what uses the memory, or give the node fewer workers", Severity.WARNING,
+            name, f"{gib(fullest.free_bytes)} of a {fullest.name} are free",
+            f"{gib(wanted)} for a {role} worker",
+            "end what uses the GPU, unless it is the deployment that this one replaces",
+            Severity.WARNING,
         )  # fmt: skip
+
+
+def _free_host_memory(facts: ClusterFacts) -> Iterator[Finding]:
+    placed = place(facts.config, facts.members).placed
+    for name, node in facts.nodes.items():
+        on_host = {
+            role: count for role, count in placed[name].items()
+            if not facts.config.pools[role].num_gpus
+        }  # fmt: skip
+        wanted = sum(n * worker_bytes(facts, role, on_gpu=False) for role, n in on_host.items())
+        if node.free_bytes < wanted:
+            workers = " and ".join(f"{count} {role}" for role, count in on_host.items())
+            yield Finding(
+                name, f"{gib(node.free_bytes)} are available",
+                f"{gib(wanted)} for {workers} worker(s)",
+                "end what uses the memory, or give the node fewer workers", Severity.WARNING,
+            )  # fmt: skip
 
 
 def _too_small(role: str, name: str, found: str, wanted: float) -> Finding:
     return Finding(
-        "memory", name, found, f"{gib(wanted)} for weights, KV and runtime of a {role} worker",
+        name, found, f"{gib(wanted)} for weights, KV and runtime of a {role} worker",
         f"lower {role}.engine.kv_cache_bytes, choose another model, or keep {role} workers from "
         f"this node with {role}.resources",
     )  # fmt: skip
@@ -131,12 +121,9 @@ def worker_bytes(facts: ClusterFacts, role: str, *, on_gpu: bool) -> float:
     """Weights, KV and runtime of one worker; of a cache that takes what is left, one block."""
     shape, engine = facts.shape, facts.config.pools[role].engine
     assert shape is not None
-    dtype = facts.config.model.dtype
-    if dtype == "auto":
-        found = shape.dtype if on_gpu and shape.dtype in ITEM_BYTES else None
-        weights = found or "float32"
-    else:
-        weights = dtype
+    weights: str = facts.config.model.dtype
+    if weights == "auto":
+        weights = shape.dtype if on_gpu and shape.dtype in ITEM_BYTES else "float32"
     cache = engine.kv_cache_dtype if engine.kv_cache_dtype != "auto" else weights
     kv = engine.kv_cache_bytes or kv_bytes_per_token(shape, cache) * engine.block_size
     runtime = _GPU_RUNTIME_BYTES if on_gpu else _HOST_RUNTIME_BYTES
@@ -145,19 +132,18 @@ def worker_bytes(facts: ClusterFacts, role: str, *, on_gpu: bool) -> float:
 
 def check_cores(facts: ClusterFacts) -> Iterator[Finding]:
     """Each worker has cores of its own, and waiting threads leave them to others."""
-    placed = place(facts.config, facts.members).placed
+    placed, pools = place(facts.config, facts.members).placed, facts.config.pools
     for name, node in facts.nodes.items():
-        pools = facts.config.pools
         threads = sum(pools[role].engine.num_threads * n for role, n in placed[name].items())
         if threads > node.cores:
             yield Finding(
-                "cores", name, f"{node.cores:g} core(s) for the {threads} thread(s) of its workers",
+                name, f"{node.cores:g} core(s) for the {threads} thread(s) of its workers",
                 "a core for each thread", "give the node fewer workers: each step takes longer",
                 Severity.WARNING,
             )  # fmt: skip
         if (node.wait_policy or "").lower() == "active":
             yield Finding(
-                "cores", name, "OMP_WAIT_POLICY is active: threads that wait use their core",
+                name, "OMP_WAIT_POLICY is active: threads that wait use their core",
                 "passive, which workers set where nothing is set",
                 "start Ray there with OMP_WAIT_POLICY=PASSIVE",
             )  # fmt: skip
@@ -166,12 +152,12 @@ def check_cores(facts: ClusterFacts) -> Iterator[Finding]:
 def check_shared_memory(facts: ClusterFacts) -> Iterator[Finding]:
     """/dev/shm holds Ray's objects, and what NCCL shares."""
     nccl = _NCCL_SHARED_MEMORY_BYTES if facts.config.handoff.transport == "nccl" else 0
-    for member in facts.members:
-        node = facts.nodes.get(member.name)
-        wanted = member.object_store_bytes + nccl
-        if node is not None and node.shared_memory_bytes < wanted:
+    objects = {member.name: member.object_store_bytes for member in facts.members}
+    for name, node in facts.nodes.items():
+        wanted = objects[name] + nccl
+        if node.shared_memory_bytes < wanted:
             yield Finding(
-                "shared memory", member.name, f"/dev/shm of {gib(node.shared_memory_bytes)}",
+                name, f"/dev/shm of {gib(node.shared_memory_bytes)}",
                 f"{gib(wanted)} for Ray's objects{' and NCCL' if nccl else ''}",
                 "mount a larger one (sharedMemory in the chart, --shm-size for containers), or "
                 "start Ray with a smaller --object-store-memory",
@@ -185,7 +171,7 @@ def check_files(facts: ClusterFacts) -> Iterator[Finding]:
     for name, node in facts.nodes.items():
         if node.max_open_files < wanted:
             yield Finding(
-                "open files", name, f"a limit of {node.max_open_files}", f"{wanted} or more",
+                name, f"a limit of {node.max_open_files}", f"{wanted} or more",
                 "ulimit -n 65536 before ray start",
             )  # fmt: skip
 
@@ -195,7 +181,7 @@ def check_http(facts: ClusterFacts) -> Iterator[Finding]:
     for name, node in facts.nodes.items():
         if node.http_error is not None:
             yield Finding(
-                "http port", name, node.http_error, "a port that is free, or Serve's own",
+                name, node.http_error, "a port that is free, or Serve's own",
                 "stop what listens there, or choose another port",
             )  # fmt: skip
 

@@ -27,15 +27,10 @@ def needs(pool: PoolConfig) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
-def can_hold(node: Node, pool: PoolConfig) -> bool:
-    """Whether an empty node has room for one worker."""
-    return _has(node.resources, needs(pool))
-
-
 def nodes_for(config: AntiphonConfig, role: str, members: Sequence[Node]) -> tuple[Node, ...]:
-    """The nodes that can hold a worker of a role; none if the pool has no workers."""
-    pool = config.pools.get(role)
-    return tuple(node for node in members if pool is not None and can_hold(node, pool))
+    """The nodes that can hold a worker of a role if they are empty; none for a pool of none."""
+    wanted = needs(config.pools[role]) if role in config.pools else None
+    return tuple(node for node in members if wanted is not None and _has(node.resources, wanted))
 
 
 def place(config: AntiphonConfig, members: Sequence[Node]) -> Placement:

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from antiphon.deployment.doctor import agent
 from antiphon.deployment.doctor.facts import Node
-from antiphon.deployment.doctor.survey import Call, Failure
+from antiphon.deployment.doctor.survey import Arguments, Failure
 from antiphon.errors import ConfigError
 
 _ray: Any = ray  # these lack types
@@ -42,7 +42,7 @@ class RayAgents:
     def __init__(self, nodes: Sequence[Mapping[str, Any]]) -> None:
         self.members = tuple(members(nodes))
         start = ray.remote(agent.Agent)
-        self._actors = {
+        self._actors: dict[str, Any] = {
             member.name: start.options(
                 num_cpus=0,
                 max_concurrency=_MAX_CONCURRENT_CALLS,
@@ -51,17 +51,14 @@ class RayAgents:
             for member, node in zip(self.members, nodes, strict=True)
         }
 
-    def call(self, calls: Mapping[str, Call], timeout_seconds: float) -> dict[str, Any]:
+    def call(self, method: str, arguments: Arguments, timeout_seconds: float) -> dict[str, Any]:
         """See ``Agents.call``."""
         names = {
-            getattr(self._actors[name], method).remote(*arguments): name
-            for name, (method, arguments) in calls.items()
+            self._actors[name].call.remote(method, arguments[name]): name for name in arguments
         }
-        if not names:
-            return {}
         ready, _ = ray.wait(list(names), num_returns=len(names), timeout=timeout_seconds)
-        late = Failure(f"no answer within {timeout_seconds:.0f} s")
-        return {**dict.fromkeys(calls, late), **{names[ref]: _get(ref) for ref in ready}}
+        late = Failure.late(timeout_seconds)
+        return {**dict.fromkeys(arguments, late), **{names[ref]: _get(ref) for ref in ready}}
 
     def close(self) -> None:
         """End the actors."""

@@ -2,13 +2,13 @@
 
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from antiphon.deployment.doctor.cluster_checks import between
 from antiphon.deployment.doctor.diagnosis import CHECKS
-from antiphon.deployment.doctor.facts import ClusterFacts, Finding, Node, NodeFacts, Severity
+from antiphon.deployment.doctor.facts import ClusterFacts, Finding, Node, Severity
 from antiphon.deployment.doctor.node_checks import gib
 from antiphon.deployment.doctor.placement import nodes_for
 
@@ -18,22 +18,15 @@ _MAX_LINKS = 16  # that are listed; all of them are in the JSON
 
 def as_text(facts: ClusterFacts, findings: Sequence[Finding]) -> str:
     """Nodes, links, findings, and a last line with the verdict."""
-    return "\n".join(
-        [
-            *_table(["node", "for", "cores", "memory", "/dev/shm", "GPUs"], _node_rows(facts)),
-            "",
-            *_links(facts),
-            *_findings(findings),
-            verdict(findings),
-        ]
-    )
+    head = ["node", "for", "cores", "memory", "/dev/shm", "GPUs"]
+    nodes = _table([head, *(_cells(facts, member) for member in facts.members)])
+    return "\n".join([*nodes, "", *_links(facts), *_findings(findings), verdict(findings)])
 
 
 def as_json(facts: ClusterFacts, findings: Sequence[Finding]) -> str:
     """Findings and facts; keys are those of the dataclasses, units are in their names."""
     document: dict[str, Any] = asdict(facts)
     del document["config"], document["shape"]
-    document["members"] = [asdict(node) for node in facts.members]
     return json.dumps({"findings": [asdict(one) for one in findings], **document}, indent=2)
 
 
@@ -51,48 +44,36 @@ def num_problems(findings: Sequence[Finding]) -> int:
     return sum(finding.severity is Severity.PROBLEM for finding in findings)
 
 
-def _node_rows(facts: ClusterFacts) -> Iterator[list[str]]:
-    for member in facts.members:
-        roles = [role for role in facts.config.pools if nodes_for(facts.config, role, [member])]
-        yield [member.name, " ".join(roles) or "-", *_cells(member, facts.nodes.get(member.name))]
-
-
-def _cells(member: Node, node: NodeFacts | None) -> list[str]:
+def _cells(facts: ClusterFacts, member: Node) -> list[str]:
+    roles = [role for role in facts.config.pools if nodes_for(facts.config, role, [member])]
+    named = [member.name, " ".join(roles) or "-"]
+    node = facts.nodes.get(member.name)
     if node is None:
-        return ["?", "?", "?", f"{member.resources.get('GPU', 0):g}, by Ray"]
-    gpus: dict[str, int] = {}
-    for gpu in node.gpus:
-        gpus[gpu.name] = gpus.get(gpu.name, 0) + 1
-    names = ", ".join(f"{count} x {name}" for name, count in gpus.items())
-    driver = f", driver {node.driver}" if node.driver else ""
-    return [
-        f"{node.cores:g}",
-        gib(node.memory_bytes),
-        gib(node.shared_memory_bytes),
-        f"{names}{driver}" if names else "-",
-    ]
+        return [*named, "?", "?", "?", f"{member.resources.get('GPU', 0):g}, by Ray"]
+    gpus = Counter(gpu.name for gpu in node.gpus)
+    sizes = [f"{node.cores:g}", gib(node.memory_bytes), gib(node.shared_memory_bytes)]
+    return [*named, *sizes, ", ".join(f"{n} x {name}" for name, n in gpus.items()) or "-"]
 
 
 def _links(facts: ClusterFacts) -> Iterator[str]:
     """The slowest ones."""
     made = [link for link in facts.links if link.error is None]
     made.sort(key=lambda link: link.bytes_per_second)
-    if not made:
-        return
-    rows = [
+    rows = [["link", "set-up", "round trip", "rate"]]
+    rows += [
         [
-            between(link.sender, link.receiver),
-            link.transport,
+            link.where,
             f"{link.setup_seconds * 1e3:.1f} ms",
             f"{link.round_trip_seconds * 1e3:.2f} ms",
             f"{link.bytes_per_second / 1e9:.2f} GB/s",
         ]
         for link in made[:_MAX_LINKS]
     ]
-    yield from _table(["link", "over", "set-up", "round trip", "rate"], rows)
-    if len(made) > _MAX_LINKS:
-        yield f"and {len(made) - _MAX_LINKS} faster ones"
-    yield ""
+    if made:
+        yield from _table(rows)
+        if len(made) > _MAX_LINKS:
+            yield f"and {len(made) - _MAX_LINKS} faster ones"
+        yield ""
 
 
 def _findings(findings: Sequence[Finding]) -> Iterator[str]:
@@ -110,10 +91,9 @@ def _findings(findings: Sequence[Finding]) -> Iterator[str]:
         yield ""
 
 
-def _table(head: list[str], rows: Iterator[list[str]] | list[list[str]]) -> Iterator[str]:
-    table = [head, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    for row in table:
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         yield "  ".join(cells).rstrip()
 

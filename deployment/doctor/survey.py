@@ -12,7 +12,7 @@ network. What the time limit leaves no room for is reported as such.
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,14 +26,20 @@ from antiphon.deployment.doctor.facts import (
     NodeFacts,
     PathFacts,
 )
-from antiphon.deployment.doctor.pairs import Pair, diagonals, rounds
 from antiphon.deployment.doctor.placement import nodes_for
 
-_VERSIONS_SECONDS = 60.0  # Ray starts a process on each node
-_LOOK_SECONDS = 60.0  # torch is imported
-_REACH_SECONDS = 20.0
-_SHAPE_SECONDS = 60.0  # so is transformers
-_LINK_SECONDS = 40.0  # for a link that is slow in each of its steps
+_SECONDS = {
+    "versions": 60.0,  # Ray starts a process on each node
+    "look": 60.0,  # torch is imported
+    "listen": 20.0,
+    "reach": 20.0,
+    "shape": 60.0,  # transformers is imported
+    "accept_link": 40.0,
+    "measure_link": 40.0,  # for a link that is slow in each of its steps
+}
+
+Pair = tuple[str, str]  # names of the sending and the receiving node of a link
+Arguments = Mapping[str, tuple[Any, ...]]  # by name of the node
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +48,10 @@ class Failure:
 
     reason: str
 
-
-Call = tuple[str, tuple[Any, ...]]
+    @classmethod
+    def late(cls, seconds: float) -> "Failure":
+        """It takes too long."""
+        return cls(f"no answer within {seconds:.0f} s")
 
 
 class Agents(Protocol):
@@ -51,8 +59,8 @@ class Agents(Protocol):
 
     members: tuple[Node, ...]
 
-    def call(self, calls: Mapping[str, Call], timeout_seconds: float) -> dict[str, Any]:
-        """Call a method of each named node's agent, all at once.
+    def call(self, method: str, arguments: Arguments, timeout_seconds: float) -> dict[str, Any]:
+        """Call a method of each named node's agent, all at once, each with its arguments.
 
         Returns:
             For each name what its agent returned, or a ``Failure``; after the time at the latest.
@@ -84,43 +92,33 @@ class Survey:
 
     def run(self) -> ClusterFacts:
         """Gather everything."""
-        here = read_versions()
-        names = [node.name for node in self._agents.members]
-        self._report(f"asking {len(names)} node(s) for versions")
-        asked = self._ask(dict.fromkeys(names, ("versions", ())), _VERSIONS_SECONDS)
-        versions: dict[str, Mapping[str, str | None]] = self._keep(asked)
+        here, members = read_versions(), self._agents.members
+        self._report(f"asking {len(members)} node(s) for versions")
+        versions = self._ask("versions", {node.name: () for node in members})
+        self._report("looking at each node")
+        model, http = self._config.model, self._config.http
         equal = [name for name in versions if versions[name]["antiphon"] == here["antiphon"]]
-        nodes = self._look(equal)
+        nodes = self._ask("look", dict.fromkeys(equal, (model.source, http.host, http.port)))
         paths = self._reach(nodes)
         shape, shape_error = self._shape(nodes)
         return ClusterFacts(
             config=self._config,
             here=here,
-            members=self._agents.members,
+            members=members,
             versions=versions,
             nodes=nodes,
             failures=self._failures,
             paths=paths,
-            links=self._links(nodes, paths),
+            links=tuple(self._links(nodes, paths)),
             shape=shape,
             shape_error=shape_error,
         )
 
-    def _look(self, names: Iterable[str]) -> dict[str, NodeFacts]:
-        self._report("looking at each node")
-        http = self._config.http
-        arguments = (self._config.model.source, http.host, http.port)
-        return self._keep(self._call(dict.fromkeys(names, ("look", arguments)), _LOOK_SECONDS))
-
     def _reach(self, names: Iterable[str]) -> tuple[PathFacts, ...]:
         self._report("connecting nodes to each other")
-        listening = self._call(dict.fromkeys(names, ("listen", ())), _REACH_SECONDS)
-        ports = self._keep(listening)
-        calls = {
-            source: ("reach", (source, {name: ports[name] for name in ports if name != source}))
-            for source in ports
-        }
-        found = self._keep(self._call(calls, _REACH_SECONDS))
+        ports = self._ask("listen", dict.fromkeys(names, ()))
+        others = {name: {n: port for n, port in ports.items() if n != name} for name in ports}
+        found = self._ask("reach", {name: (name, others[name]) for name in ports})
         return tuple(path for paths in found.values() for path in paths)
 
     def _shape(self, nodes: Mapping[str, NodeFacts]) -> tuple[Any, str | None]:
@@ -128,72 +126,74 @@ class Survey:
         if not ready:
             return None, None
         self._report("counting what the model needs")
-        source = self._config.model.source
-        (answer,) = self._call({ready[0]: ("shape", (source,))}, _SHAPE_SECONDS).values()
+        (answer,) = self._call("shape", {ready[0]: (self._config.model.source,)}).values()
         return (None, answer.reason) if isinstance(answer, Failure) else (answer, None)
 
     def _links(
-        self, nodes: Mapping[str, NodeFacts], paths: Sequence[PathFacts]
-    ) -> tuple[LinkFacts, ...]:
-        cut = {(path.source, path.target) for path in paths if path.error is not None}
-        known = [
-            node
-            for node in self._agents.members
-            if node.name in nodes and node.name not in self._failures
-        ]
-        pairs = [
-            Pair(transport, sender.name, receiver.name)
-            for transport in self._transports()
-            for sender, receiver in diagonals(
-                nodes_for(self._config, "prefill", known), nodes_for(self._config, "decode", known)
-            )
-            if (sender.name, receiver.name) not in cut
-            and not (transport == "nccl" and sender == receiver)
-        ]
-        self._report(f"measuring {len(pairs)} link(s)")
-        return tuple(link for group in rounds(pairs) for link in self._measure(group))
-
-    def _transports(self) -> tuple[str, ...]:
-        """Headers cross over gloo, whatever carries KV."""
-        return ("gloo", "nccl") if self._config.handoff.transport == "nccl" else ("gloo",)
-
-    def _measure(self, pairs: Sequence[Pair]) -> list[LinkFacts]:
-        ids = {pair: uuid.uuid4().hex for pair in pairs}
-        accepting = self._call(
-            {pair.receiver: ("accept_link", (pair.transport, ids[pair])) for pair in pairs},
-            _LINK_SECONDS,
+        self, nodes: Mapping[str, NodeFacts], paths: Iterable[PathFacts]
+    ) -> Iterator[LinkFacts]:
+        names = nodes.keys() - self._failures.keys()
+        known = [node for node in self._agents.members if node.name in names]
+        senders, receivers = (
+            [node.name for node in nodes_for(self._config, role, known)]
+            for role in ("prefill", "decode")
         )
-        calls = {
-            pair.sender: (
-                "measure_link",
-                (pair.transport, accepting[pair.receiver], ids[pair]),
-            )
-            for pair in pairs
-            if not isinstance(accepting[pair.receiver], Failure)
+        cut = {(path.source, path.target) for path in paths if path.error is not None}
+        pairs = [pair for pair in diagonals(senders, receivers) if pair not in cut]
+        self._report(f"measuring {len(pairs)} link(s)")
+        for group in rounds(pairs):
+            yield from self._measure("gloo", group)  # headers cross over it in any case
+        if self._config.handoff.transport == "nccl":
+            for group in rounds(pair for pair in pairs if pair[0] != pair[1]):
+                yield from self._measure("nccl", group)
+
+    def _measure(self, transport: str, pairs: Sequence[Pair]) -> Iterator[LinkFacts]:
+        ids = {pair: uuid.uuid4().hex for pair in pairs}
+        ends = {receiver: (transport, ids[sender, receiver]) for sender, receiver in pairs}
+        accepting = self._call("accept_link", ends)
+        arguments = {
+            sender: (transport, accepting[receiver], ids[sender, receiver])
+            for sender, receiver in pairs
+            if not isinstance(accepting[receiver], Failure)
         }
-        answers = self._call(calls, _LINK_SECONDS)
-        return [_link(pair, answers.get(pair.sender, accepting[pair.receiver])) for pair in pairs]
+        answers = self._call("measure_link", arguments)
+        for sender, receiver in pairs:
+            answer = answers.get(sender, accepting[receiver])
+            measured = (answer.reason,) if isinstance(answer, Failure) else (None, *answer)
+            yield LinkFacts(transport, sender, receiver, *measured)
 
-    def _call(self, calls: Mapping[str, Call], timeout_seconds: float) -> dict[str, Any]:
-        """Call methods of examiners."""
-        inner = {name: ("call", (method, arguments)) for name, (method, arguments) in calls.items()}
-        return self._ask(inner, timeout_seconds)
-
-    def _ask(self, calls: Mapping[str, Call], timeout_seconds: float) -> dict[str, Any]:
-        seconds = min(timeout_seconds, self._deadline - time.monotonic())
-        if seconds <= 0:
-            return dict.fromkeys(calls, Failure(OUT_OF_TIME))
-        return self._agents.call(calls, seconds)
-
-    def _keep(self, answers: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave out, and note, whoever did not answer."""
+    def _ask(self, method: str, arguments: Arguments) -> dict[str, Any]:
+        """Call; leave out, and note, whoever did not answer."""
+        answers = self._call(method, arguments)
         for name, answer in answers.items():
             if isinstance(answer, Failure):
                 self._failures.setdefault(name, answer.reason)
         return {n: answer for n, answer in answers.items() if not isinstance(answer, Failure)}
 
+    def _call(self, method: str, arguments: Arguments) -> dict[str, Any]:
+        seconds = min(_SECONDS[method], self._deadline - time.monotonic())
+        if seconds <= 0:
+            return dict.fromkeys(arguments, Failure(OUT_OF_TIME))
+        return self._agents.call(method, arguments, seconds) if arguments else {}
 
-def _link(pair: Pair, answer: Any) -> LinkFacts:
-    if isinstance(answer, Failure):
-        return LinkFacts(pair.transport, pair.sender, pair.receiver, answer.reason)
-    return LinkFacts(pair.transport, pair.sender, pair.receiver, None, *answer)
+
+def diagonals(senders: Sequence[str], receivers: Sequence[str]) -> list[Pair]:
+    """Every pair, ordered so that neighbours in the list have different ends."""
+    if not senders or not receivers:
+        return []
+    length = range(max(len(senders), len(receivers)))
+    ends = ((index, index + shift) for shift in length for index in length)
+    pairs = ((senders[i % len(senders)], receivers[j % len(receivers)]) for i, j in ends)
+    return list(dict.fromkeys(pairs))
+
+
+def rounds(pairs: Iterable[Pair]) -> list[list[Pair]]:
+    """Divide pairs into rounds in which no node occurs twice."""
+    divided: list[tuple[set[str], list[Pair]]] = []
+    for pair in pairs:
+        fitting = (one for one in divided if one[0].isdisjoint(pair))
+        if (found := next(fitting, None)) is None:
+            divided.append(found := (set(), []))
+        found[0].update(pair)
+        found[1].append(pair)
+    return [group for _, group in divided]

@@ -28,11 +28,11 @@ SHAPE = ModelShape(
     layers=(LayerShape(32, 8, 128, 128),) * 32,
 )  # fmt: skip
 GOOD_NODE = NodeFacts(
-    unmet=(), nccl="2.28.9", driver="580.65", gpus=(H100, H100), gpu_error=None, cores=16.0,
+    unmet=(), nccl="2.28.9", gpus=(H100, H100), gpu_error=None, cores=16.0,
     memory_bytes=128 * GB, free_bytes=120 * GB, shared_memory_bytes=16 * GB,
     max_open_files=65536, wait_policy="PASSIVE", http_error=None, model=ModelFacts("abc"),
 )  # fmt: skip
-HEAD = replace(GOOD_NODE, gpus=(), nccl=None, driver=None)
+HEAD = replace(GOOD_NODE, gpus=(), nccl=None)
 MEMBERS = (
     Node("head", "10.0.0.10", {}, 128 << 20),
     Node("p", "10.0.0.11", {"CPU": 16.0, "GPU": 2.0, "antiphon_prefill": 2.0}, 128 << 20),

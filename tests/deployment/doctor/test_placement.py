@@ -1,12 +1,7 @@
-"""Which nodes hold which workers, and in which order links between them are measured."""
-
-from itertools import product
-
-import pytest
+"""Which nodes hold which workers."""
 
 from antiphon.config_loading import parse_config
 from antiphon.deployment.doctor.facts import Node
-from antiphon.deployment.doctor.pairs import Pair, diagonals, rounds
 from antiphon.deployment.doctor.placement import nodes_for, place
 
 
@@ -40,29 +35,3 @@ def test_only_pools_with_workers_have_nodes() -> None:
     members = [node("a", CPU=1), node("b", CPU=1, d=1)]
     assert nodes_for(config, "prefill", members) == ()
     assert nodes_for(config, "decode", members) == (members[1],)
-
-
-@pytest.mark.parametrize(("senders", "receivers"), [(1, 1), (3, 3), (2, 5), (5, 2), (0, 3)])
-def test_every_pair_is_measured_once_and_no_node_twice_at_a_time(
-    senders: int, receivers: int
-) -> None:
-    sending = [node(f"p{index}") for index in range(senders)]
-    receiving = [node(f"d{index}") for index in range(receivers)]
-    pairs = [Pair("gloo", a.name, b.name) for a, b in diagonals(sending, receiving)]
-    wanted = {(a.name, b.name) for a, b in product(sending, receiving)}
-    groups = rounds(pairs)
-    assert sorted((p.sender, p.receiver) for group in groups for p in group) == sorted(wanted)
-    for group in groups:
-        ends = [end for pair in group for end in (pair.sender, pair.receiver)]
-        assert len(set(ends)) == len(ends)
-    assert len(groups) == (max(senders, receivers) if wanted else 0)
-
-
-def test_nodes_that_hold_both_pools_are_busy_with_one_link_too() -> None:
-    both = [node(f"n{index}") for index in range(4)]
-    pairs = [Pair("gloo", a.name, b.name) for a, b in diagonals(both, both)]
-    groups = rounds(pairs)
-    assert sum(map(len, groups)) == 16
-    for group in groups:
-        ends = [end for pair in group for end in {pair.sender, pair.receiver}]
-        assert len(set(ends)) == len(ends)

@@ -3,8 +3,9 @@
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from tiny_folder import save_tiny_model
 
 from antiphon.config import AntiphonConfig
 from antiphon.config_loading import parse_config
-from antiphon.deployment.doctor import examiner
+from antiphon.deployment.doctor import machine
 from antiphon.deployment.doctor.clock_server import ClockServer, look
 from antiphon.deployment.doctor.diagnosis import diagnose
-from antiphon.deployment.doctor.examiner import find_model, http_error
 from antiphon.deployment.doctor.facts import OUT_OF_TIME, ClusterFacts, Node
 from antiphon.deployment.doctor.local_agents import LocalAgents
-from antiphon.deployment.doctor.survey import Call, Failure, Survey
+from antiphon.deployment.doctor.machine import find_model, http_error
+from antiphon.deployment.doctor.survey import Arguments, Failure, Survey, diagonals, rounds
 
 PREFILL = Node("p", "127.0.0.2", {"CPU": 1.0, "prefill": 1.0}, 0)
 DECODE = Node("d", "127.0.0.3", {"CPU": 1.0, "decode": 1.0}, 0)
@@ -52,13 +53,10 @@ class SpoiltAgents(LocalAgents):
         super().__init__([PREFILL, DECODE, *more])
         self._spoil = spoil
 
-    def call(self, calls: Mapping[str, Call], timeout_seconds: float) -> dict[str, Any]:
-        answers = super().call(calls, timeout_seconds)
-        for name, (method, arguments) in calls.items():
-            inner = arguments[0] if method == "call" else method
-            new = self._spoil(name, inner) if self._spoil is not None else answers[name]
-            answers[name] = answers[name] if new is None else new
-        return answers
+    def call(self, method: str, arguments: Arguments, timeout_seconds: float) -> dict[str, Any]:
+        answers = super().call(method, arguments, timeout_seconds)
+        spoilt = {name: self._spoil(name, method) for name in arguments} if self._spoil else {}
+        return {**answers, **{name: new for name, new in spoilt.items() if new is not None}}
 
 
 @pytest.fixture
@@ -133,9 +131,9 @@ def test_what_the_time_limit_leaves_out_is_said(run: Callable[..., ClusterFacts]
 
 def test_a_call_that_hangs_is_left_behind() -> None:
     agents = LocalAgents([PREFILL])
-    agents._agents["p"].versions = lambda: time.sleep(3)  # type: ignore[assignment,method-assign,return-value]
+    agents._agents["p"].call = lambda *_: time.sleep(3)  # type: ignore[method-assign]
     started_at = time.monotonic()
-    (answer,) = agents.call({"p": ("versions", ())}, 0.1).values()
+    (answer,) = agents.call("versions", {"p": ()}, 0.1).values()
     assert answer == Failure("no answer within 0 s")
     assert time.monotonic() - started_at < 2
 
@@ -154,7 +152,7 @@ def test_a_clock_server_ends_with_its_port() -> None:
 
 
 def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examiner, "_SERVE_SECONDS", 0.1)
+    monkeypatch.setattr(machine, "_SERVE_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert http_error("127.0.0.1", port) == f"127.0.0.1:{port}: Address already in use"
@@ -188,3 +186,27 @@ def test_a_model_is_looked_for_and_not_made(
     missing = find_model(str(tmp_path / "none"))
     assert not missing.is_to_be_made
     assert "there is no model" in str(missing.error)
+
+
+@pytest.mark.parametrize(("senders", "receivers"), [(1, 1), (3, 3), (2, 5), (5, 2), (0, 3)])
+def test_every_pair_is_measured_once_and_no_node_twice_at_a_time(
+    senders: int, receivers: int
+) -> None:
+    sending = [f"p{index}" for index in range(senders)]
+    receiving = [f"d{index}" for index in range(receivers)]
+    wanted = sorted(product(sending, receiving))
+    groups = rounds(diagonals(sending, receiving))
+    assert sorted(pair for group in groups for pair in group) == wanted
+    for group in groups:
+        ends = [end for pair in group for end in pair]
+        assert len(set(ends)) == len(ends)
+    assert len(groups) == (max(senders, receivers) if wanted else 0)
+
+
+def test_nodes_that_hold_both_pools_are_busy_with_one_link_too() -> None:
+    both = [f"n{index}" for index in range(4)]
+    groups = rounds(diagonals(both, both))
+    assert sum(map(len, groups)) == 16
+    for group in groups:
+        ends = [end for pair in group for end in set(pair)]
+        assert len(set(ends)) == len(ends)
