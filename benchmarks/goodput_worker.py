@@ -22,8 +22,10 @@ import msgspec
 from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
 from antiphon.messages import Role
 from antiphon.workers.handoff.gloo import GlooTransport
-from antiphon.workers.start import WorkerSettings, load, run_worker
+from antiphon.workers.loading import load
+from antiphon.workers.start import run_worker
 from antiphon.workers.worker import Worker
+from antiphon.workers.worker_settings import WorkerSettings
 
 _HOST = "127.0.0.1"
 _KV_CACHE_BYTES = 3 << 30  # room for every stream that the targets allow

@@ -35,7 +35,8 @@ from antiphon.messages import (
 from antiphon.request_timing import RequestTiming
 from antiphon.workers.model_source import resolve_model
 from antiphon.workers.session import ClientSession
-from antiphon.workers.start import WorkerSettings, start_worker
+from antiphon.workers.start import start_worker
+from antiphon.workers.worker_settings import WorkerSettings
 
 START_SECONDS = 300.0
 REQUEST_SECONDS = 600.0

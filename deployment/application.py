@@ -46,7 +46,8 @@ class WorkerReplica:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         configure_logging()
         from antiphon.workers.model_source import resolve_model
-        from antiphon.workers.start import WorkerSettings, start_worker
+        from antiphon.workers.start import start_worker
+        from antiphon.workers.worker_settings import WorkerSettings
 
         parsed = AntiphonConfig.model_validate(config)
         folder = await asyncio.to_thread(resolve_model, parsed.model.source, logger.info)

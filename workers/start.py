@@ -1,24 +1,18 @@
-"""Builds a worker from its configuration: model, cache, engine, links, session server."""
+"""Builds a worker around a loaded model: engine, links, session server, metrics."""
 
 import asyncio
 import logging
 import os
-import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from antiphon import __version__
-from antiphon.config import EngineConfig, HandoffConfig, ModelConfig, TracingConfig
-from antiphon.errors import ConfigError
-from antiphon.kernels.selection import select_kernels
+from antiphon.config import HandoffConfig
 from antiphon.messages import Role, WorkerCard
 from antiphon.tracing import start_tracing
 from antiphon.vllm_names import VllmCollector
-from antiphon.workers.decode_graphs import capture_cuda_graph, graph_buckets
 from antiphon.workers.engine import Engine
 from antiphon.workers.engine_metrics import EngineCollector, worker_state
 from antiphon.workers.generate_service import GenerateLimits, GenerateService
@@ -30,11 +24,7 @@ from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.handoff.wire import WireFormat
 from antiphon.workers.handoff_metrics import HandoffCollector
-from antiphon.workers.kv_cache import KVCache, KVLayout
-from antiphon.workers.memory_plan import num_kv_blocks
-from antiphon.workers.model_runner import ModelRunner
-from antiphon.workers.model_source import fingerprint
-from antiphon.workers.paged_model import load_model
+from antiphon.workers.loading import Loaded, load
 from antiphon.workers.peers import Peers
 from antiphon.workers.prefill_client import PrefillClient
 from antiphon.workers.prefill_ladder import LadderLimits
@@ -47,37 +37,13 @@ from antiphon.workers.session import SessionServer
 from antiphon.workers.session_key import new_session_key
 from antiphon.workers.worker import Closer, Worker
 from antiphon.workers.worker_metrics import WorkerMetrics
+from antiphon.workers.worker_settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
 # A step is the longest that a running stream stalls and that an abort waits: a second or less on
 # one CPU core for a small model. A GPU needs more tokens to be busy.
 _MAX_BATCH_TOKENS = {"cpu": 128, "cuda": 2048}
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """What one worker needs to know to start."""
-
-    role: Role
-    replica_id: str
-    host: str  # the address that other nodes reach this one at
-    model_folder: Path
-    model: ModelConfig
-    engine: EngineConfig
-    handoff: HandoffConfig
-    target_itl_seconds: float | None = None  # of the router; prefill workers generate under one
-    vllm_names: bool = False
-    tracing: TracingConfig | None = None  # what is in force; no endpoint, no traces
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model ready to run, and what it may hold."""
-
-    runner: ModelRunner
-    fingerprint: str
-    max_context_tokens: int
 
 
 async def start_worker(settings: WorkerSettings) -> Worker:
@@ -101,63 +67,6 @@ def make_transport(settings: WorkerSettings) -> Transport:
     return GlooTransport(settings.host)
 
 
-def load(settings: WorkerSettings) -> Loaded:
-    """Load weights, check the family, and allocate the KV cache; takes seconds, blocks."""
-    started_at = time.monotonic()
-    engine = settings.engine
-    torch.set_num_threads(engine.num_threads)
-    device = torch.device(_device_name(engine))
-    kernels = select_kernels(device, settings.role.value)
-    model = load_model(settings.model_folder, _dtype(settings.model, device), device, kernels)
-    limit = settings.model.max_context_tokens or model.max_context_tokens
-    if limit > model.max_context_tokens:
-        raise ConfigError(
-            f"model.max_context_tokens: got {limit}; the model's own limit is "
-            f"{model.max_context_tokens}"
-        )
-    layout = cache_layout(model.layout, engine, settings.handoff)
-    num_blocks = num_kv_blocks(layout, engine, device, limit)
-    # A request must always fit alone, or it could never finish.
-    max_context_tokens = min(limit, num_blocks * engine.block_size)
-    if max_context_tokens < limit:
-        logger.warning(
-            "context is %d of %d tokens: engine.kv_cache_bytes holds no more",
-            max_context_tokens, limit,
-        )  # fmt: skip
-    cache = KVCache(layout, num_blocks, engine.block_size, device, kernels)
-    runner = ModelRunner(model, cache)
-    generates = settings.role is not Role.PREFILL or settings.target_itl_seconds is not None
-    if kernels.captures_graphs and engine.cuda_graphs and generates:
-        _capture_graphs(runner, engine)
-    logger.info("loaded %s in %.1f s", settings.model_folder, time.monotonic() - started_at)
-    return Loaded(runner, fingerprint(settings.model_folder), max_context_tokens)
-
-
-def _capture_graphs(runner: ModelRunner, engine: EngineConfig) -> None:
-    """Capture decode steps; a model that cannot be captured decodes eagerly, which is slower."""
-    started_at = time.monotonic()
-    buckets = graph_buckets(engine.max_num_requests)
-    try:
-        runner.capture_graphs(buckets, capture_cuda_graph)
-    except RuntimeError as error:
-        logger.warning(
-            "decode steps of this model cannot be captured as CUDA graphs and run eagerly "
-            "(antiphon_graph_steps_total stays 0): %s", error,
-        )  # fmt: skip
-    else:
-        seconds = time.monotonic() - started_at
-        logger.info("captured decode steps of %d batch sizes in %.1f s", len(buckets), seconds)
-
-
-def cache_layout(layout: KVLayout, engine: EngineConfig, handoff: HandoffConfig) -> KVLayout:
-    """The model's KV in the dtypes that are configured for the cache and the wire."""
-    return replace(
-        layout,
-        dtype=_kv_dtype(engine.kv_cache_dtype, layout.dtype),
-        wire_dtype=_kv_dtype(handoff.wire_dtype, layout.dtype),
-    )
-
-
 async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transport) -> Worker:
     """Serve sessions with a loaded model."""
     metrics = WorkerMetrics(settings.role.value)
@@ -171,11 +80,7 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
         worker,
         settings.target_itl_seconds,
     )
-    metrics.introduce(card, settings.model.name, __version__)
-    metrics.registry.register(EngineCollector(card.role, engine))
-    if settings.vllm_names and card.role is not Role.PREFILL:
-        states = VllmCollector(settings.model.name, lambda: [worker_state(engine)])
-        metrics.registry.register(states)
+    _register(metrics, settings, card, engine)
     endpoint = Endpoint(
         transport, loaded.runner.cache, card.incarnation, _wire_format(loaded), card.replica_id
     )
@@ -192,6 +97,17 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
         card.role, card.url, card.num_blocks, card.block_size, kv_gib, card.max_context_tokens,
     )  # fmt: skip
     return worker
+
+
+def _register(
+    metrics: WorkerMetrics, settings: WorkerSettings, card: WorkerCard, engine: Engine
+) -> None:
+    """Let metrics say who this is, and how its engine does."""
+    metrics.introduce(card, settings.model.name, __version__)
+    metrics.registry.register(EngineCollector(card.role, engine))
+    if settings.vllm_names and card.role is not Role.PREFILL:
+        states = VllmCollector(settings.model.name, lambda: [worker_state(engine)])
+        metrics.registry.register(states)
 
 
 def _prefill_service(
@@ -275,25 +191,3 @@ def _scheduler_config(settings: WorkerSettings, device: torch.device) -> Schedul
         max_awaiting_kv=settings.handoff.max_pending,
         prefix_cache=engine.prefix_cache,
     )
-
-
-def _device_name(engine: EngineConfig) -> str:
-    has_gpu = torch.cuda.is_available()
-    if engine.device == "cuda" and not has_gpu:
-        raise ConfigError("engine.device: got 'cuda', but this worker sees no GPU; set num_gpus: 1")
-    return "cuda" if has_gpu and engine.device != "cpu" else "cpu"
-
-
-def _kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
-    if name == "auto":
-        return model_dtype
-    dtype: torch.dtype = torch.float8_e4m3fn if name == "fp8" else getattr(torch, name)
-    return dtype
-
-
-def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype | None:
-    if model.dtype == "auto":
-        # Without AVX-512 or AMX, half precision matrix products are ten times slower on a CPU.
-        return torch.float32 if device.type == "cpu" else None
-    dtype: torch.dtype = getattr(torch, model.dtype)
-    return dtype

@@ -25,11 +25,13 @@ from antiphon.workers.attention_interface import ATTENTION_NAME
 from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.kv_cache import KVCache
+from antiphon.workers.loading import Loaded, cache_layout
 from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.paged_model import PagedModel
 from antiphon.workers.session import ClientSession
-from antiphon.workers.start import Loaded, WorkerSettings, cache_layout, run_worker
+from antiphon.workers.start import run_worker
 from antiphon.workers.worker import Worker
+from antiphon.workers.worker_settings import WorkerSettings
 
 WAIT_SECONDS = 60.0
 

@@ -23,7 +23,7 @@ from antiphon.config import EngineConfig, HandoffConfig, ModelConfig, RouterConf
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.messages import Role, WorkerCard
-from antiphon.workers.start import WorkerSettings
+from antiphon.workers.worker_settings import WorkerSettings
 
 START_SECONDS = 60.0
 IDLE_SECONDS = 30.0  # within which all are idle; a link may wait 10 s for a peer that was stopped

@@ -18,8 +18,9 @@ from typing import Any
 
 import msgspec
 
-from antiphon.workers.start import WorkerSettings, start_worker
+from antiphon.workers.start import start_worker
 from antiphon.workers.worker import Worker
+from antiphon.workers.worker_settings import WorkerSettings
 
 
 async def serve(report_to: str, settings: WorkerSettings) -> None:

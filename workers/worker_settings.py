@@ -1,0 +1,23 @@
+"""What one worker is told when it starts: the parts of the configuration that concern it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from antiphon.config import EngineConfig, HandoffConfig, ModelConfig, TracingConfig
+from antiphon.messages import Role
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What one worker needs to know to start."""
+
+    role: Role
+    replica_id: str
+    host: str  # the address that other nodes reach this one at
+    model_folder: Path
+    model: ModelConfig
+    engine: EngineConfig
+    handoff: HandoffConfig
+    target_itl_seconds: float | None = None  # of the router; prefill workers generate under one
+    vllm_names: bool = False
+    tracing: TracingConfig | None = None  # what is in force; no endpoint, no traces
