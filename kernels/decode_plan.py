@@ -63,44 +63,64 @@ def plan_decode(
     max_items = max(capacity.num_items, 2 * num_requests)
     num_rows = 3 * max_items
     part_len = _part_len(own_lens, groups, capacity, max_items, num_rows)
-    shared_parts = [0] * num_requests
-    shared_items: list[tuple[int, int, int, int, int]] = []
-    members: list[int] = []
-    for group in groups:
-        num_parts = -(-group.num_tokens // part_len)
-        for first in range(0, len(group.members), capacity.members_per_item):
-            some = group.members[first : first + capacity.members_per_item]
-            bounds = (len(members), len(members) + len(some))
-            members += some
-            shared_items += [(*bounds, p, num_parts, group.num_tokens) for p in range(num_parts)]
-        for member in group.members:
-            shared_parts[member] = num_parts
-    own_parts = [-(-length // part_len) for length in own_lens]
-    offsets = list(
-        accumulate((a + b for a, b in zip(shared_parts, own_parts, strict=True)), initial=0)
-    )
-    items = [
-        (request, part, own_parts[request], offsets[request] + shared_parts[request] + part)
-        for request in range(num_requests)
-        for part in range(own_parts[request])
-    ]
+    shared = _divide_shared(groups, part_len, capacity.members_per_item, num_requests)
+    items, offsets = _divide_own(own_lens, part_len, shared.num_parts)
     # Longest first does not matter among equals; padding goes last.
     items += [(-1, 0, 1, 0)] * (max_items - len(items))
-    shared_items += [(0, 0, 0, 1, 0)] * (max_items - len(shared_items))
-    members += [0] * (num_requests - len(members))
+    shared.items += [(0, 0, 0, 1, 0)] * (max_items - len(shared.items))
+    shared.members += [0] * (num_requests - len(shared.members))
 
     def int32(values: object) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
     return DecodePlan(
         items=int32(items),
-        shared_items=int32(shared_items),
-        members=int32(members),
+        shared_items=int32(shared.items),
+        members=int32(shared.members),
         prefix_lens=int32(prefix_lens),
         part_offsets=int32(offsets),
         num_rows=num_rows,
         members_per_item=capacity.members_per_item,
     )
+
+
+@dataclass(slots=True)
+class _SharedWork:
+    items: list[tuple[int, int, int, int, int]]  # first and last member, part, parts, tokens
+    members: list[int]  # requests, tile by tile
+    num_parts: list[int]  # of each request's shared prefix
+
+
+def _divide_shared(
+    groups: Sequence[SharedPrefix], part_len: int, members_per_item: int, num_requests: int
+) -> _SharedWork:
+    """One item for each part of a prefix and each tile of requests that share it."""
+    work = _SharedWork([], [], [0] * num_requests)
+    for group in groups:
+        num_parts = -(-group.num_tokens // part_len)
+        for first in range(0, len(group.members), members_per_item):
+            some = group.members[first : first + members_per_item]
+            bounds = (len(work.members), len(work.members) + len(some))
+            work.members += some
+            work.items += [(*bounds, p, num_parts, group.num_tokens) for p in range(num_parts)]
+        for member in group.members:
+            work.num_parts[member] = num_parts
+    return work
+
+
+def _divide_own(
+    own_lens: Sequence[int], part_len: int, shared_parts: Sequence[int]
+) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """One item for each part of what a request has alone, and where the rows of each begin."""
+    own_parts = [-(-length // part_len) for length in own_lens]
+    sums = (shared + own for shared, own in zip(shared_parts, own_parts, strict=True))
+    offsets = list(accumulate(sums, initial=0))
+    items = [
+        (request, part, num_parts, offsets[request] + shared_parts[request] + part)
+        for request, num_parts in enumerate(own_parts)
+        for part in range(num_parts)
+    ]
+    return items, offsets
 
 
 def _part_len(

@@ -155,17 +155,10 @@ def copy_kv(
 ) -> None:
     """Launch the copy in either direction; see ``gather_kv`` and ``scatter_kv``."""
     num_tokens = slots.numel()
-    per_token = sum(len(t.pointers) * t.num_heads * t.head_dim for t in tables)
-    if wire.elements.numel() != num_tokens * per_token:
-        raise ValueError(
-            f"wire: holds {wire.elements.numel()} elements; {num_tokens} tokens need "
-            f"{num_tokens * per_token}"
-        )
-    cache_dtype, wire_dtype = layers[0].keys.dtype, wire.elements.dtype
-    if (wire.scales is None) == (wire_dtype in QUANTISED_LIMITS):
-        raise ValueError(f"wire: scales do not go with {wire_dtype}")
+    _check_wire(wire, num_tokens, tables)
     if num_tokens == 0:
         return
+    cache_dtype, wire_dtype = layers[0].keys.dtype, wire.elements.dtype
     source, target = (cache_dtype, wire_dtype) if to_wire else (wire_dtype, cache_dtype)
     limit = QUANTISED_LIMITS.get(target, 0.0)
     for table in tables:
@@ -189,3 +182,13 @@ def copy_kv(
             ROUNDS=limit > 0 and not target.is_floating_point,
             num_warps=4,
         )
+
+
+def _check_wire(wire: WireKV, num_tokens: int, tables: Sequence[SideTable]) -> None:
+    num_elements = num_tokens * sum(len(t.pointers) * t.num_heads * t.head_dim for t in tables)
+    if wire.elements.numel() != num_elements:
+        raise ValueError(
+            f"wire: holds {wire.elements.numel()} elements; {num_tokens} tokens need {num_elements}"
+        )
+    if (wire.scales is None) == (wire.elements.dtype in QUANTISED_LIMITS):
+        raise ValueError(f"wire: scales do not go with {wire.elements.dtype}")

@@ -75,7 +75,7 @@ def _read(source: Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
     return reader, {key: field.contents() for key, field in reader.fields.items()}
 
 
-def _config(reader: gguf.GGUFReader, metadata: dict[str, Any], name: str) -> Any:
+def _known_architecture(metadata: dict[str, Any], name: str) -> str:
     arch = metadata.get("general.architecture")
     if arch not in _MODEL_ARCHS:
         raise ConfigError(
@@ -87,6 +87,11 @@ def _config(reader: gguf.GGUFReader, metadata: dict[str, Any], name: str) -> Any
         raise ConfigError(
             f"{name}: rotary embeddings scaled by {scaling!r} cannot be converted; {_HINT}"
         )
+    return str(arch)
+
+
+def _config(reader: gguf.GGUFReader, metadata: dict[str, Any], name: str) -> Any:
+    arch = _known_architecture(metadata, name)
     values = {
         theirs: _required(metadata, f"{arch}.{ours}", name) for ours, theirs in _CONFIG_KEYS.items()
     }

@@ -65,6 +65,10 @@ class HandoffCollector(Collector):
             ["role", "reason"],
             {(self._role, reason): count for reason, count in discarded.items()},
         )
+        yield from self._gauges(counts)
+        yield from self._links()
+
+    def _gauges(self, counts: HandoffCounters) -> Iterator[Metric]:
         for name, (text, value) in {
             "links": (
                 "Links that are offered, open or being made.",
@@ -77,7 +81,6 @@ class HandoffCollector(Collector):
             ),
         }.items():
             yield gauge_family(f"antiphon_handoff_{name}", text, ["role"], self._alone(value))
-        yield from self._links()
 
     def _links(self) -> Iterator[Metric]:
         """Of two links with one peer, as while one is given up, the sum."""

@@ -122,9 +122,14 @@ class SessionServer:
         )
         await ws.prepare(request)
         hello = await self._read_hello(ws)
-        if hello is None:
-            return ws
-        session = Session(ws, hello)
+        if hello is not None:
+            await self._converse(ws, Session(ws, hello), handler)
+        return ws
+
+    async def _converse(
+        self, ws: web.WebSocketResponse, session: Session, handler: SessionHandler
+    ) -> None:
+        """Hand messages on until the session ends; the handler hears of that in any case."""
         self._sessions.add(session)
         session.send(Welcome(handler.card))
         try:
@@ -140,7 +145,6 @@ class SessionServer:
             self._sessions.discard(session)
             session.cut()
             handler.on_closed(session)
-        return ws
 
     async def _read_hello(self, ws: web.WebSocketResponse) -> Hello | None:
         kind, reason = "protocol", f"this worker speaks protocol version {PROTOCOL_VERSION}"

@@ -10,12 +10,34 @@ class WorkerMetrics(Metrics):
 
     def __init__(self, role: str) -> None:
         super().__init__(role)
+        self._make_request_metrics()
+        self._make_prefill_metrics()
+        self._draining = self.gauge(
+            "antiphon_draining", "1 if the worker takes nothing new and will stop."
+        ).labels(role)
+        self._info = self.gauge(
+            "antiphon_worker_info", "Who this is; 1.", "worker", "incarnation", "node", "model",
+            "version",
+        )  # fmt: skip
+
+    def _make_request_metrics(self) -> None:
         self._requests = self.counter(
             "antiphon_worker_requests",
             "Requests to generate that ended here.",
             "outcome",
             values=("stop", "length", "aborted", "refused", "failed", "moved"),
         )
+        self._refusals = self.counter(
+            "antiphon_worker_refusals",
+            "Requests refused here for want of room.",
+            "reason",
+            values=("queue_full", "no_headroom", "draining"),
+        )
+        self._session_refusals = self.counter(
+            "antiphon_session_refusals", "Clients that got no session here.", "reason"
+        )
+
+    def _make_prefill_metrics(self) -> None:
         self._fallbacks = self.counter(
             "antiphon_prefill_fallbacks",
             "Prompts computed by the decode worker because the prefill pool failed.",
@@ -31,15 +53,6 @@ class WorkerMetrics(Metrics):
             "outcome",
             values=tuple(Outcome),
         )
-        self._refusals = self.counter(
-            "antiphon_worker_refusals",
-            "Requests refused here for want of room.",
-            "reason",
-            values=("queue_full", "no_headroom", "draining"),
-        )
-        self._session_refusals = self.counter(
-            "antiphon_session_refusals", "Clients that got no session here.", "reason"
-        )
         self._prewarm_failures = self.counter(
             "antiphon_handoff_prewarm_failures",
             "Links that could not be made before a request wanted them.",
@@ -48,18 +61,11 @@ class WorkerMetrics(Metrics):
         )
         self._received_tokens = self.counter(
             "antiphon_received_tokens", "Prompt tokens whose KV came over a link."
-        ).labels(role)
+        ).labels(self.role)
         self._transfer_seconds = self.histogram(
             "antiphon_handoff_transfer_seconds",
             "From a complete transfer's first segment to its end, most of it beside the computing.",
         )
-        self._draining = self.gauge(
-            "antiphon_draining", "1 if the worker takes nothing new and will stop."
-        ).labels(role)
-        self._info = self.gauge(
-            "antiphon_worker_info", "Who this is; 1.", "worker", "incarnation", "node", "model",
-            "version",
-        )  # fmt: skip
 
     def introduce(self, card: WorkerCard, model: str, version: str) -> None:
         """Say who this is."""
