@@ -199,7 +199,7 @@ def start_tracing(
     from antiphon.tracing_export import start_exporting
 
     identity = {"service.instance.id": replica_id, "antiphon.role": role}
-    return start_exporting(config, config.endpoint, identity, metrics)
+    return Tracing(*start_exporting(config, config.endpoint, identity, metrics))
 
 
 def _endpoint_of(environ: Mapping[str, str]) -> str | None:

@@ -11,7 +11,7 @@ seconds, 10 by default, while the queue fills; ``OTEL_BSP_*`` sets queue and bat
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.environment_variables import OTEL_BSP_MAX_QUEUE_SIZE
@@ -19,11 +19,11 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Tracer
 
 from antiphon import __version__
 from antiphon.config import TracingConfig
 from antiphon.metrics import Metrics
-from antiphon.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +131,8 @@ class BoundedProcessor(SpanProcessor):
 
 def start_exporting(
     config: TracingConfig, endpoint: str, identity: Mapping[str, str], metrics: Metrics
-) -> Tracing:
-    """Start the exporting thread.
+) -> tuple[Tracer, Callable[[], None]]:
+    """Start the exporting thread; return what makes spans, and what ends the thread in time.
 
     Args:
         config: What is sampled.
@@ -153,4 +153,4 @@ def start_exporting(
     # At exit the SDK would wait for half a minute; whoever made this closes it.
     provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
     provider.add_span_processor(BoundedProcessor(exporter, max_queued_spans, metrics))
-    return Tracing(provider.get_tracer("antiphon", __version__), provider.shutdown)
+    return provider.get_tracer("antiphon", __version__), provider.shutdown

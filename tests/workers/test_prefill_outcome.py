@@ -13,20 +13,23 @@ from antiphon.errors import (
 from antiphon.messages import RefusalKind, Refused
 from antiphon.workers.prefill_outcome import Outcome, explained, refusal
 
-REFUSALS = {
-    RefusalKind.BUSY: Outcome.BUSY,
-    RefusalKind.DRAINING: Outcome.DRAINING,
-    RefusalKind.MOVED: Outcome.DRAINING,
-    RefusalKind.INVALID: Outcome.REFUSED,
-    RefusalKind.FAILED: Outcome.FAILED,
-    RefusalKind.LINK_BROKEN: Outcome.LOST,
-}
 
-
-@pytest.mark.parametrize("kind", RefusalKind)
-def test_every_kind_of_refusal_has_an_outcome(kind: RefusalKind) -> None:
+def outcome_of(kind: RefusalKind) -> str:
     error = refusal(Refused("r", kind, "why", 2.5))
-    assert (error.outcome, str(error), error.retry_after_seconds) == (REFUSALS[kind], "why", 2.5)
+    assert (str(error), error.retry_after_seconds) == ("why", 2.5)
+    return error.outcome
+
+
+def test_every_kind_of_refusal_has_an_outcome() -> None:
+    outcomes = {outcome_of(kind) for kind in RefusalKind}
+    assert outcomes < set(Outcome)
+    assert Outcome.COMPLETE not in outcomes
+
+
+def test_a_worker_that_stops_counts_as_draining_whenever_it_says_so() -> None:
+    assert outcome_of(RefusalKind.DRAINING) == Outcome.DRAINING
+    assert outcome_of(RefusalKind.MOVED) == Outcome.DRAINING
+    assert outcome_of(RefusalKind.BUSY) == Outcome.BUSY
 
 
 @pytest.mark.parametrize(
