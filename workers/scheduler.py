@@ -170,16 +170,18 @@ class Scheduler:
 
     def _admit_waiting(self, now: float) -> None:
         queues = self.queues
+        num_running, num_awaiting = queues.num_running, queues.num_awaiting_kv
         for request in queues.waiting:
-            if queues.num_running + queues.num_awaiting_kv >= self.config.max_num_requests:
+            if num_running + num_awaiting >= self.config.max_num_requests:
                 return
             is_remote = request.path is PrefillPath.REMOTE
-            if is_remote and queues.num_awaiting_kv >= self.config.max_awaiting_kv:
+            if is_remote and num_awaiting >= self.config.max_awaiting_kv:
                 continue  # those that need no prefill worker do not wait for one
             # Leave each running request a block to grow into, or it would be preempted at once.
-            if not self._tables.reserve(request, num_left_free=queues.num_running):
+            if not self._tables.reserve(request, num_left_free=num_running):
                 return
             self._admit(request, now)
+            num_running, num_awaiting = queues.num_running, queues.num_awaiting_kv
 
     def _admit(self, request: Request, now: float) -> None:
         """Start a request that has its blocks."""
