@@ -76,7 +76,7 @@ def listen_error(host: str, port: int) -> str | None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            return error.strerror
+            return error.strerror or str(error)
     return None
 
 

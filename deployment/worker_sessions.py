@@ -1,7 +1,7 @@
 """An ingress's sessions: one with each worker that Serve lists.
 
-    listed ---> connecting <--> connected ---> left
-                    ^---pause---lost--^
+    connecting --> connected --lost--> pause --> connecting    while Serve lists the worker
+                                         +-----> gone          once it does not
 
 For each incarnation a task keeps a session open, trying again with growing pauses until Serve says
 that the worker is gone. While a session lasts, the view knows the worker. One that Serve lists no

@@ -120,18 +120,14 @@ class Scheduler:
         chunks += _prompt_chunks(prompts, self._prompt_budget(len(chunks)), now)
         return Batch(tuple(chunks)) if chunks else None
 
-    def complete(self, batch: Batch, token_ids: Sequence[int], now: float) -> list[Request]:
+    def complete(self, batch: Batch, token_ids: Sequence[int], now: float) -> None:
         """Record a step.
 
         Args:
             batch: What ``schedule`` returned.
             token_ids: One sampled token per chunk with ``samples``, in order.
             now: When it ended.
-
-        Returns:
-            Requests that finished generating.
         """
-        finished = []
         sampled = iter(token_ids)
         for chunk in batch.chunks:
             token_id = next(sampled) if chunk.samples else None
@@ -144,12 +140,10 @@ class Scheduler:
                 request.output_token_ids.append(token_id)
                 if request.finish_reason is not None:
                     self._finish(request)
-                    finished.append(request)
             elif request.is_prefill_only and request.num_remaining_tokens == 0:
                 self._end_prefill(request)
             elif request.is_decoding:
                 request.timeline.prompt_done_at = now
-        return finished
 
     def check(self) -> None:
         """Assert that every block is accounted for (for tests and idle workers)."""

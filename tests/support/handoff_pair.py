@@ -136,5 +136,5 @@ def wait_until(condition: Callable[[], bool], wait_seconds: float = WAIT_SECONDS
         time.sleep(0.001)
 
 
-def handoff_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("handoff")]
+def handoff_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("handoff")}

@@ -179,7 +179,7 @@ class MonitoredSystem:
         await self.proxy.close()
         for worker in (*self.prefill, *self.decode, self.colocated, *self.others):
             await worker.close()
-        await until(lambda: handoff_threads() == [])
+        await until(lambda: not handoff_threads())
 
 
 async def _client(session: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
