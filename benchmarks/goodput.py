@@ -13,7 +13,9 @@ computes on one thread. The systems:
     two_pools           one prefill and one decode worker; the router knows the targets
 
 All get the same requests at the same times, with prompts that were never used before. Rows during
-which other processes kept more than 0.15 cores busy are flagged.
+which other processes kept more than 0.15 cores busy are flagged. Machines drift by more than two
+close systems differ: with ``--rounds 3`` the two pools and the best colocated system take turns in
+two more searches, and medians count.
 """
 
 import os
@@ -65,6 +67,7 @@ class Effort:
     least: int
     most: int
     warm_seconds: float
+    rounds: int = 1
 
     def load(self, workload: Workload, rate: float, seed: int) -> Load:
         """The requests for measurements around a rate."""
@@ -76,10 +79,16 @@ class Effort:
 
 @dataclass(slots=True)
 class Result:
-    """One system under one workload."""
+    """One system under one workload; what it reached in each round, requests per second."""
 
-    goodput: float
+    system: System
+    rounds: list[float]
     rows: list[Measured] = field(default_factory=list)
+
+    @property
+    def goodput(self) -> float:
+        """The median round."""
+        return statistics.median(self.rounds)
 
 
 async def calibrate(machine: Machine, workload: Workload, num_prompt_tokens: int) -> Targets:
@@ -103,18 +112,17 @@ async def search(
     at_least: float = 0.0,
 ) -> Result:
     """Find a system's goodput; prints every measurement."""
-    result = Result(0.0)
+    rows: list[Measured] = []
     async with machine.running(system, targets) as driver:
-        await _warm_up(driver, load)
+        await _warm_up(driver)
 
         async def measure(rate: float) -> float:
-            row = await driver.measure(load, rate)
-            result.rows.append(row)
-            _print_row(system, row)
-            return row.attainment
+            rows.append(await driver.measure(load, rate))
+            _print_row(system, rows[-1])
+            return rows[-1].attainment
 
-        result.goodput, _ = await find_goodput(measure, guess, at_least)
-    return result
+        goodput, _ = await find_goodput(measure, guess, at_least)
+    return Result(system, [goodput], rows)
 
 
 async def compare(
@@ -133,38 +141,54 @@ async def compare(
     idle_tpot = targets.tpot_seconds / workload.tpot_multiple
     guess = 1.5 / (idle_ttft + output_tokens * idle_tpot / workload.tpot_multiple)
     load = effort.load(workload, guess, seed)
-    results = {"two_pools": await search(machine, TWO_POOLS, targets, load, guess)}
-    guess = results["two_pools"].goodput or guess
-    results["colocated_plain"] = await search(machine, PLAIN, targets, load, guess)
-    best_chunked = Result(0.0)
-    for system in CHUNKED:
-        start = max(best_chunked.goodput, results["colocated_plain"].goodput) or guess
-        found = await search(machine, system, targets, load, start, best_chunked.goodput)
-        results[system.name] = found
-        best_chunked = max(best_chunked, found, key=lambda result: result.goodput)
-    best = max(results["colocated_plain"].goodput, best_chunked.goodput)
+    two_pools, plain, *chunked = await measure_all(machine, targets, load, guess)
+    best = max(plain, *chunked, key=lambda result: result.goodput)
+    for _ in range(effort.rounds - 1):
+        for finalist in (best, two_pools):
+            found = await search(machine, finalist.system, targets, load, finalist.goodput or guess)
+            finalist.rounds += found.rounds
+            finalist.rows += found.rows
+    results = (two_pools, plain, *chunked)
     return {
-        "ratio": results["two_pools"].goodput / best if best else None,
-        "colocated_plain": results["colocated_plain"].goodput,
-        "colocated_chunked": best_chunked.goodput,
-        "two_pools": results["two_pools"].goodput,
+        "ratio": two_pools.goodput / best.goodput if best.goodput else None,
+        "best_colocated": best.system.name,
+        "colocated_plain": plain.goodput,
+        "colocated_chunked": max(result.goodput for result in chunked),
+        "two_pools": two_pools.goodput,
+        "rounds": {result.system.name: result.rounds for result in (best, two_pools)},
         "targets": asdict(targets),
         "prompt_tokens": prompt_tokens,
         "output_tokens": output_tokens,
         "counted_requests": load.num_counted,
-        "curve": {name: [asdict(row) for row in r.rows] for name, r in results.items()},
+        "curve": {result.system.name: [asdict(row) for row in result.rows] for result in results},
         "flagged_rows": sum(
-            row.other_cores > MAX_OTHER_CORES for r in results.values() for row in r.rows
+            row.other_cores > MAX_OTHER_CORES for result in results for row in result.rows
         ),
     }
 
 
-async def _warm_up(driver: Driver, load: Load) -> None:
+async def measure_all(
+    machine: Machine, targets: Targets, load: Load, guess: float
+) -> tuple[Result, ...]:
+    """Two pools, colocated with whole prompts, and each kind of chunks, in this order.
+
+    A kind of chunks that is not as good as the one before is not measured to the end.
+    """
+    two_pools = await search(machine, TWO_POOLS, targets, load, guess)
+    plain = await search(machine, PLAIN, targets, load, two_pools.goodput or guess)
+    chunked: list[Result] = []
+    for system in CHUNKED:
+        least = max((result.goodput for result in chunked), default=0.0)
+        start = max(least, plain.goodput) or guess
+        chunked.append(await search(machine, system, targets, load, start, least))
+    return two_pools, plain, *chunked
+
+
+async def _warm_up(driver: Driver) -> None:
     """Let the workers measure their steps, and the pair make its link."""
     for num_prompt_tokens in (130, 260, 130, 260):
         await driver.idle_seconds(num_prompt_tokens, 6)
     await asyncio.gather(*(driver.idle_seconds(100, 24) for _ in range(4)))
-    del load
 
 
 def _print_row(system: System, row: Measured) -> None:
@@ -189,6 +213,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, action="append", default=[], help="csv or jsonl")
     parser.add_argument("--workload", action="append", default=[], help="only these")
     parser.add_argument("--seconds", type=float, default=25.0, help="of one measurement, about")
+    parser.add_argument("--rounds", type=int, default=1, help="of the two best, taking turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two workloads, few requests")
     return parser.parse_args()
@@ -223,7 +248,11 @@ def main() -> None:
     machine = describe_machine()
     for key, value in {**machine, "seed": options.seed, "model": DEFAULT_MODEL}.items():
         print(f"{key:>14}  {value}")
-    effort = Effort(8.0, 10, 20, 4.0) if options.quick else Effort(options.seconds, 24, 80, 6.0)
+    effort = (
+        Effort(8.0, 10, 20, 4.0)
+        if options.quick
+        else Effort(options.seconds, 24, 80, 6.0, options.rounds)
+    )
     workers = Machine(resolve_model(DEFAULT_MODEL))
     began_at = time.monotonic()
     figures: dict[str, Any] = {}
