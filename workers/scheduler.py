@@ -23,6 +23,10 @@ from antiphon.workers.block_tables import BlockTables
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
 from antiphon.workers.request_queues import RequestQueues
 
+# A rest of a prompt that is no longer than this goes along where a limit would cut it off: on one
+# CPU core a step with prompt tokens costs as much as 25 of them before the first.
+_MAX_REST_TOKENS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -117,7 +121,7 @@ class Scheduler:
         running = self.queues.running
         chunks = [Chunk(r, r.num_computed_tokens, 1, True) for r in running if r.is_decoding]
         prompts = [request for request in running if not request.is_decoding]
-        chunks += _prompt_chunks(prompts, self._prompt_budget(len(chunks)), now)
+        chunks += _prompt_chunks(prompts, *self._prompt_budget(len(chunks)), now)
         return Batch(tuple(chunks)) if chunks else None
 
     def complete(self, batch: Batch, token_ids: Sequence[int], now: float) -> None:
@@ -151,10 +155,13 @@ class Scheduler:
         self._tables.check(self.queues)
         assert not any(request.block_table for request in self.queues.waiting)
 
-    def _prompt_budget(self, num_decoding: int) -> int:
+    def _prompt_budget(self, num_decoding: int) -> tuple[int, int]:
+        """Prompt tokens that a step may have, and how many more the end of a prompt may add."""
         budget = self.config.max_batch_tokens - num_decoding
         limit = self._prompt_limit(num_decoding)
-        return budget if limit is None else min(budget, limit)
+        if limit is None or limit >= budget:
+            return budget, 0
+        return limit, min(budget - limit, _MAX_REST_TOKENS)
 
     def _grow_running(self) -> None:
         """Give every running request room for its next token, preempting the youngest."""
@@ -214,14 +221,18 @@ class Scheduler:
         self.queues.move(request, RequestStatus.FINISHED)
 
 
-def _prompt_chunks(prompts: Iterable[Request], budget: int, now: float) -> list[Chunk]:
+def _prompt_chunks(
+    prompts: Iterable[Request], budget: int, max_rest: int, now: float
+) -> list[Chunk]:
     """Share a budget out, oldest first; with none left, the oldest crawls rather than starves."""
     chunks: list[Chunk] = []
     budget = max(budget, 1)
     for request in prompts:
-        num_tokens = min(request.num_remaining_tokens, budget)
-        if not num_tokens:
+        if budget <= 0:
             break
+        num_tokens = min(request.num_remaining_tokens, budget)
+        if request.num_remaining_tokens - num_tokens <= max_rest:
+            num_tokens = request.num_remaining_tokens
         samples = not request.is_prefill_only and num_tokens == request.num_remaining_tokens
         request.timeline.prefill_began_at = request.timeline.prefill_began_at or now
         chunks.append(Chunk(request, request.num_computed_tokens, num_tokens, samples))

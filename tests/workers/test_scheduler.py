@@ -56,16 +56,30 @@ def test_prompts_beside_decode_steps_stay_within_their_limit() -> None:
 
     def limit(num_decoding: int) -> int | None:
         limits.append(num_decoding)
-        return 3 if num_decoding else None
+        return 30 if num_decoding else None
 
-    scheduler = Scheduler(SchedulerConfig(max_batch_tokens=8), BlockPool(16, 4), limit)
-    scheduler.add(request("a", 6))
-    assert step(scheduler) == [("a", 6)]  # nobody waits for a token
-    scheduler.add(request("b", 5))
-    scheduler.add(request("c", 4))
-    assert step(scheduler) == [("a", 1), ("b", 3)]
-    assert step(scheduler) == [("a", 1), ("b", 2), ("c", 1)]
+    scheduler = Scheduler(SchedulerConfig(max_batch_tokens=80), BlockPool(16, 16), limit)
+    scheduler.add(request("a", 60))
+    assert step(scheduler) == [("a", 60)]  # nobody waits for a token
+    scheduler.add(request("b", 50))
+    scheduler.add(request("c", 40))
+    assert step(scheduler) == [("a", 1), ("b", 30)]
+    assert step(scheduler) == [("a", 1), ("b", 20), ("c", 10)]
     assert limits == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("max_batch_tokens", "num_prompt_tokens", "pieces"),
+    [(80, 46, [46]), (80, 47, [30, 17]), (40, 39, [39]), (40, 40, [30, 10])],
+    ids=["a rest of 16", "of 17", "as many as the step holds", "one more"],
+)
+def test_a_small_rest_of_a_prompt_goes_along(max_batch_tokens, num_prompt_tokens, pieces) -> None:
+    config = SchedulerConfig(max_batch_tokens=max_batch_tokens)
+    scheduler = Scheduler(config, BlockPool(16, 16), lambda n: 30 if n else None)
+    scheduler.add(request("a", 2))
+    step(scheduler)
+    scheduler.add(request("b", num_prompt_tokens))
+    assert [step(scheduler) for _ in pieces] == [[("a", 1), ("b", size)] for size in pieces]
 
 
 def test_full_queue_refuses_at_once() -> None:
