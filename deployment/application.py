@@ -11,6 +11,7 @@ directly, over one session each (docs/design.md says why).
 import asyncio
 import logging
 import os
+import time
 from typing import Any
 
 import ray
@@ -42,6 +43,7 @@ class WorkerReplica:
 
     # Serve awaits constructors, so that loading a model does not block its control calls.
     async def __init__(self, role: str, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        began_at = time.monotonic()
         # Spinning OpenMP threads starve whatever shares the cores; must be set before torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         configure_logging()
@@ -62,6 +64,7 @@ class WorkerReplica:
             target_itl_seconds=parsed.router.target_itl_seconds,
             vllm_names=parsed.metrics.vllm_names,
             tracing=effective(parsed.tracing, os.environ),
+            began_at=began_at,
         )
         self._drain_seconds = parsed.pools[role].drain_seconds
         self.worker = await start_worker(settings)

@@ -111,11 +111,11 @@ class ClusterBackend:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield a request's outputs; see ``Backend.generate``."""
         journey = journey or Journey(time.monotonic())
-        if self._stopping is not None:
-            raise self._stopping
         self._num_open += 1
         replay = Replay(prompt_token_ids, sampling, self._config)
         try:
+            if self._stopping is not None:
+                raise self._stopping
             while (finish_reason := replay.finish_reason) is None:
                 decision = await self._choose(replay)
                 request = submission(request_id, replay, decision)
@@ -129,6 +129,10 @@ class ClusterBackend:
                     journey.failed(replay_reason(error))
                     self._attempt_failed(request_id, replay, decision, error)
             yield RequestOutput(request_id, [], finish_reason)
+        except CapacityError as error:
+            num_tokens = len(prompt_token_ids)
+            error.retry_after_seconds = self.sessions.retry_after_seconds(error, num_tokens)
+            raise
         finally:
             self._num_open -= 1
 
@@ -137,6 +141,7 @@ class ClusterBackend:
         self._stopping = ServiceStoppingError("this endpoint is being stopped")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
+        self.sessions.retry_after.stops_at = time.monotonic() + timeout_seconds
         while self._num_open and loop.time() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
         if self._num_open:

@@ -1,7 +1,7 @@
 """Every failure in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
 
     RequestError, validation   400 or 404, names the parameter
-    CapacityError              503 + Retry-After
+    CapacityError              503 + Retry-After, from ``antiphon.router.retry_after``
     HandoffError, WorkerLost   502, without the workers' own words
     anything else              500, with the request id and nothing else
 
@@ -11,7 +11,6 @@ when a stream has already begun.
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from antiphon.errors import (
     UnknownModelError,
     WorkerLostError,
 )
+from antiphon.router.retry_after import whole_seconds
 
 # In the ASGI scope, set by the request id middleware.
 REQUEST_ID_KEY = "antiphon.request_id"
@@ -66,7 +66,7 @@ class ErrorReply(msgspec.Struct, frozen=True):
         """The whole HTTP response."""
         headers = dict(headers or {})
         if self.retry_after_seconds is not None:
-            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_seconds)))
+            headers["Retry-After"] = str(whole_seconds(self.retry_after_seconds))
         return Response(self.body, self.status, headers, "application/json")
 
 

@@ -11,6 +11,7 @@ slowly become one batch, and there is no timer. What piles up is bounded by max_
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from antiphon.deployment.backend import Backend
 from antiphon.deployment.journey import Journey
 from antiphon.errors import CapacityError, InvalidParameterError, WorkerLostError
 from antiphon.messages import RequestOutput, SamplingParams
+from antiphon.router.retry_after import Turnover
 
 _CLOSE_SECONDS = 10.0  # for backends to let go of cancelled work; then it is logged and left
 
@@ -38,6 +40,7 @@ class Slots:
     def __init__(self, max_concurrent: int) -> None:
         self._max_concurrent = max_concurrent
         self._num_held = 0
+        self._turnover = Turnover()
 
     @contextmanager
     def hold(self, count: int) -> Iterator[Callable[[], None]]:
@@ -53,17 +56,21 @@ class Slots:
                 f"the request asks for {count} choices in all, "
                 f"this endpoint serves {self._max_concurrent} at once",
             )
-        if self._num_held + count > self._max_concurrent:
-            raise CapacityError(
+        num_missing = self._num_held + count - self._max_concurrent
+        if num_missing > 0:
+            error = CapacityError(
                 f"{self._num_held} of {self._max_concurrent} concurrent requests are being served"
             )
+            error.retry_after_seconds = self._turnover.seconds(num_missing, self._num_held)
+            raise error
         self._num_held += count
         with ExitStack() as held:
-            held.callback(self._give_back, count)
+            held.callback(self._give_back, count, time.monotonic())
             yield held.close
 
-    def _give_back(self, count: int) -> None:
+    def _give_back(self, count: int, held_since: float) -> None:
         self._num_held -= count
+        self._turnover.ended(time.monotonic() - held_since)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from collections.abc import Coroutine, Iterable, Mapping
 
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.worker_connection import WorkerConnection
-from antiphon.errors import AntiphonError, TelemetryGapError
+from antiphon.errors import AntiphonError, CapacityError, TelemetryGapError
 from antiphon.messages import PrefillPeer, PrefillPool, Role, Telemetry, WorkerCard
+from antiphon.router.retry_after import RetryAfter
 from antiphon.router.telemetry_view import ClusterView
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class WorkerSessions:
     def __init__(self, view: ClusterView, metrics: IngressMetrics) -> None:
         self._view = view
         self._metrics = metrics
+        self.retry_after = RetryAfter(time.monotonic())
         self._client_id = f"ingress-{uuid.uuid4().hex[:12]}"
         self._connections: dict[str, WorkerConnection] = {}
         self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
@@ -75,12 +77,19 @@ class WorkerSessions:
                 del self._listed[incarnation]
         for incarnation, card in wanted.items():
             self._listed[incarnation] = card
+            self.retry_after.learn(card)
             # A worker may be listed again while its session is still open: one is enough.
             if incarnation not in self._kept:
                 self._kept.add(incarnation)
                 self._spawn(self._keep(card))
+        self._changed()
         if role is Role.PREFILL:
             self._announce_prefill_pool(tuple(self._connections.values()))
+
+    def retry_after_seconds(self, error: CapacityError, num_prompt_tokens: int) -> float:
+        """When a request that found no place should come again."""
+        now = time.monotonic()
+        return self.retry_after.seconds(error, self._view, self._listed, num_prompt_tokens, now)
 
     def fail_all(self, error: AntiphonError) -> None:
         """End every request on every session."""
@@ -136,6 +145,7 @@ class WorkerSessions:
         finally:
             self._connections.pop(card.incarnation, None)
             self._view.leave(card.incarnation)
+            self._changed()
 
     def _announce_prefill_pool(self, connections: Iterable[WorkerConnection]) -> None:
         """Let decode workers prewarm their links."""
@@ -148,10 +158,15 @@ class WorkerSessions:
     def _apply(self, card: WorkerCard, telemetry: Telemetry) -> None:
         try:
             self._view.apply(card.incarnation, telemetry, time.monotonic())
+            self._changed()
         except TelemetryGapError as error:
             logger.warning("%s", error)
             if connection := self._connections.get(card.incarnation):
                 self._spawn(connection.close())
+
+    def _changed(self) -> None:
+        """Workers have come or gone, perhaps."""
+        self.retry_after.observe(self._view, self._listed, time.monotonic())
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)

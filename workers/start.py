@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 import uuid
 from collections.abc import Sequence
 
@@ -173,6 +174,7 @@ def _card(settings: WorkerSettings, loaded: Loaded, port: int, session_key: str)
         pid=os.getpid(),
         node=settings.host,
         session_key=session_key,
+        start_seconds=time.monotonic() - settings.began_at,
     )
 
 

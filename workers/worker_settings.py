@@ -1,6 +1,7 @@
 """What one worker is told when it starts: the parts of the configuration that concern it."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from antiphon.config import EngineConfig, HandoffConfig, ModelConfig, TracingConfig
@@ -21,3 +22,4 @@ class WorkerSettings:
     target_itl_seconds: float | None = None  # of the router; prefill workers generate under one
     vllm_names: bool = False
     tracing: TracingConfig | None = None  # what is in force; no endpoint, no traces
+    began_at: float = field(default_factory=time.monotonic)  # when the start did

@@ -75,7 +75,11 @@ class UnknownModelError(RequestError):
 
 
 class CapacityError(AntiphonError):
-    """A bounded resource is used up for now."""
+    """A bounded resource is used up for now.
+
+    ``retry_after_seconds`` of a worker's refusal says when that worker may be asked again; of what
+    a client is to see, when the client may come again (``antiphon.router.retry_after``).
+    """
 
     retry_after_seconds: float = 1.0
 

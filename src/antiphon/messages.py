@@ -68,6 +68,7 @@ class WorkerCard(msgspec.Struct, frozen=True):
     pid: int
     node: str
     session_key: str = ""  # opens sessions with it
+    start_seconds: float = 0.0  # that its start took; 0: not known
 
     def public(self) -> dict[str, Any]:
         """What anybody may know of a worker: all but its key."""

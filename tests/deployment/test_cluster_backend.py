@@ -14,7 +14,7 @@ from tiny_models import oracle, tiny_model
 from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
-from antiphon.errors import NoWorkerError, WorkerBusyError
+from antiphon.errors import NoWorkerError, ServiceStoppingError, WorkerBusyError
 from antiphon.messages import RequestOutput, Role, SamplingParams
 from antiphon.workers.worker import Worker
 
@@ -161,6 +161,38 @@ def test_a_busy_worker_is_excluded_and_the_next_one_tried() -> None:
     run(scenario())
 
 
+def test_who_is_refused_is_told_how_long_the_queue_takes() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        tight = EngineConfig(max_num_requests=1, max_waiting_requests=1)
+        worker = await start(Role.COLOCATED, model, engine=tight)
+        backend = backend_for(Role.COLOCATED)
+        await connected(backend, Role.COLOCATED, worker)
+        release = threading.Event()
+        worker.engine.call(lambda _: release.wait(20))  # no step, so no news of the load
+        admitted = asyncio.create_task(generate(backend, 2, "admitted"))
+        await until(lambda: worker.num_requests == 1)
+        view = backend._view.get(worker.card.incarnation)
+        assert view is not None
+        view.load = msgspec.structs.replace(
+            view.load, num_queued_tokens=3000, prefill_tokens_per_second=100.0
+        )
+        with pytest.raises(WorkerBusyError, match="waiting here already") as refused:
+            await generate(backend, 2)
+        assert refused.value.retry_after_seconds == pytest.approx(30.0)
+        release.set()
+        assert len(await admitted) == 2
+        await backend.stop_taking(40.0)
+        with pytest.raises(ServiceStoppingError) as stopping:
+            await generate(backend, 2)
+        assert 39.0 < stopping.value.retry_after_seconds <= 40.0
+        await assert_idle(worker)
+        await close(backend, worker)
+
+    run(scenario())
+
+
 def test_one_request_id_from_two_clients_keeps_them_apart() -> None:
     """Clients name their requests with X-Request-Id, and need not choose well."""
     model = tiny_model("llama")
@@ -232,8 +264,10 @@ def test_a_worker_that_leaves_finishes_and_may_be_listed_again() -> None:
         await until(lambda: worker.num_requests == 1)
         show(backend, Role.COLOCATED)
         assert not backend.is_ready()[0]
-        with pytest.raises(NoWorkerError):
+        with pytest.raises(NoWorkerError) as refused:
             await generate(backend, 2, "late")
+        # What Serve needs, and what this worker's start took, which is next to nothing.
+        assert 9.0 < refused.value.retry_after_seconds < 12.0
         again = msgspec.structs.replace(worker.card)  # equal, but another object
         backend.set_workers(Role.COLOCATED, {again.replica_id: again})
         assert len(await generate(backend, 2, "again")) == 2

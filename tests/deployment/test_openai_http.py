@@ -342,6 +342,15 @@ def test_failures_before_the_first_output_are_statuses(backend, http, raised, st
         assert response.headers["x-request-id"] in error_of(response)["message"]
 
 
+def test_a_client_is_told_in_whole_seconds_when_to_come_again_and_in_words_why(backend, http):
+    error = WorkerBusyError("12 requests wait")
+    for error.retry_after_seconds, told in ((41.2, "42"), (1e9, "60"), (0.0, "1")):
+        backend.plays(error)
+        response = http.post("/v1/completions", json=TEXT)
+        assert response.headers["Retry-After"] == told
+        assert "12 requests wait" in error_of(response)["message"]
+
+
 def test_a_failure_in_mid_stream_is_an_event_without_done(backend, http):
     gate = Gate()
     backend.plays("a", gate, WorkerLostError("10.1.2.3 is gone"))
