@@ -35,7 +35,10 @@ class IngressMetrics(Metrics):
             values=(*_FINISHED, "aborted", "invalid", "busy", "failed"),
         )
         self._unauthorized = self.counter(
-            "antiphon_unauthorized", "HTTP requests without a valid API key.", "reason"
+            "antiphon_unauthorized",
+            "HTTP requests without a valid API key.",
+            "reason",
+            values=("missing", "unknown"),
         )
         self._key_file_failures = self.counter(
             "antiphon_api_key_file_failures",

@@ -6,6 +6,7 @@ from antiphon.deployment.dashboards.queries import JOB, quantile, quantiles, rat
 
 _PREDICTED = "antiphon_router_predicted_time_to_first_token_seconds_total"
 _ACTUAL = "antiphon_router_actual_time_to_first_token_seconds_total"
+_KEY_FILE_FAILURES = "antiphon_api_key_file_failures_total"
 
 _DECISIONS = Section(
     "Decisions",
@@ -129,6 +130,16 @@ _KNOWLEDGE = Section(
             "By ingress. Serve's proxy spreads them evenly.",
             "short",
             [("{{instance}}", total("antiphon_requests_in_progress", by="instance"))],
+        ).lines(),
+        Chart(
+            "API keys",
+            "Per second: requests without a valid key, and looks at a file of keys that is of no "
+            "use, while the last keys stay valid.",
+            "short",
+            [
+                ("key {{reason}}", rate("antiphon_unauthorized_total", by="reason")),
+                ("bad file, {{instance}}", rate(_KEY_FILE_FAILURES, by="instance")),
+            ],
         ).lines(),
     ],
 )

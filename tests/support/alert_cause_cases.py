@@ -105,6 +105,17 @@ HANDOFF = [
     ),
 ]
 
+INGRESS = [
+    AlertCase(
+        "AntiphonApiKeyFileBad",
+        16,
+        of_ingress("antiphon_api_key_file_failures_total", "0x10 1 2 4x20"),
+        # It was looked at while it was being written.
+        of_ingress("antiphon_api_key_file_failures_total", "0x10 1x20"),
+        {"job": "a", "instance": "i:1"},
+    ),
+]
+
 _PREDICTED = "antiphon_router_predicted_time_to_first_token_seconds_total"
 _ACTUAL = "antiphon_router_actual_time_to_first_token_seconds_total"
 
@@ -145,4 +156,4 @@ ROUTER_AND_ENGINE = [
     ),
 ]
 
-CASES = SYMPTOMS + CAPACITY + LADDER + HANDOFF + ROUTER_AND_ENGINE
+CASES = SYMPTOMS + CAPACITY + LADDER + HANDOFF + INGRESS + ROUTER_AND_ENGINE

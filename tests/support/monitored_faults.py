@@ -5,9 +5,11 @@ the test ends with a system that nobody would want.
 """
 
 import asyncio
+import tempfile
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,6 +19,7 @@ from faulty_transport import FaultyLink, Message, Send
 from monitored_system import MAX_CHOICES, MonitoredSystem, monitored_system, post
 from pools import Client, until
 
+from antiphon.deployment.api_keys import ApiKeys
 from antiphon.messages import Role
 from antiphon.workers.batch import Batch
 
@@ -84,6 +87,7 @@ class Faults:
         system.decode[1]._telemetry.publish = lambda: None  # type: ignore[method-assign]
         system.spawn(_drain_for_ever(system))
         system.spawn(_ask_too_much(system, session))
+        system.spawn(_spoil_the_key_file(system))
         _fail_a_step(system)
         await _short_lives(system)
 
@@ -119,6 +123,17 @@ async def _ask_too_much(system: MonitoredSystem, session: aiohttp.ClientSession)
             *(post(session, system.ingresses[0].url, prompt=[7], n=MAX_CHOICES) for _ in range(4))
         )
         await asyncio.sleep(0.3)
+
+
+async def _spoil_the_key_file(system: MonitoredSystem) -> None:
+    """Empty a file of keys that the first ingress looks at, as each request makes it do."""
+    with tempfile.NamedTemporaryFile("w") as file:
+        print("a-key", file=file, flush=True)
+        keys = ApiKeys(Path(file.name), system.ingresses[0].metrics)
+        file.truncate(0)
+        while True:
+            keys.refuses("Bearer a-key")
+            await asyncio.sleep(0.1)
 
 
 async def _cut_sessions(system: MonitoredSystem) -> None:
