@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from antiphon.deployment.api_keys import ApiKeys
-from antiphon.deployment.http_errors import ErrorReply, route_path
+from antiphon.deployment.http_errors import ERROR_CODE_KEY, ErrorReply, route_path
 
 PROBE_PATHS = frozenset({"/health", "/ready"})
 METRICS_PATHS = frozenset({"/metrics", "/metrics/targets"})
@@ -40,6 +40,7 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
         else:
             reply = ErrorReply(401, _MESSAGES[reason], code="invalid_api_key")
+            scope[ERROR_CODE_KEY] = reply.code
             await reply.response({"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:

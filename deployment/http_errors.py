@@ -36,6 +36,7 @@ from antiphon.router.retry_after import whole_seconds
 # In the ASGI scope, set by the request id middleware.
 REQUEST_ID_KEY = "antiphon.request_id"
 ARRIVED_AT_KEY = "antiphon.arrived_at"  # ``time.monotonic``
+ERROR_CODE_KEY = "antiphon.error_code"  # of a reply with an error, by whoever answers with it
 
 logger = logging.getLogger(__name__)
 
@@ -139,16 +140,21 @@ def _path(location: Sequence[int | str]) -> str:
     return "".join(parts).removeprefix(".")
 
 
+def _answer(request: Request, reply: ErrorReply) -> Response:
+    request.scope[ERROR_CODE_KEY] = reply.code
+    return reply.response()
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer everything that goes wrong in an application in OpenAI's shape."""
 
     @app.exception_handler(AntiphonError)
     async def on_antiphon_error(request: Request, error: AntiphonError) -> Response:
-        return describe(error, request.scope[REQUEST_ID_KEY]).response()
+        return _answer(request, describe(error, request.scope[REQUEST_ID_KEY]))
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(request: Request, error: RequestValidationError) -> Response:
-        return describe_validation(error.errors()).response()
+        return _answer(request, describe_validation(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> Response:

@@ -10,6 +10,7 @@ from antiphon.messages import Role
 from antiphon.metrics import MICROSECONDS, RATIOS, TOKENS, Metrics
 
 _FINISHED = ("stop", "length")
+_CLIENTS_FAULT = ("invalid", "unauthorized", "unknown_model", "context_length", "unsupported")
 
 
 class IngressMetrics(Metrics):
@@ -32,7 +33,7 @@ class IngressMetrics(Metrics):
             "antiphon_requests",
             "Generation requests over HTTP, by outcome.",
             "outcome",
-            values=(*_FINISHED, "aborted", "invalid", "busy", "failed"),
+            values=(*_FINISHED, "aborted", "busy", "failed", *_CLIENTS_FAULT),
         )
         self._unauthorized = self.counter(
             "antiphon_unauthorized",

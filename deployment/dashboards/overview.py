@@ -11,7 +11,7 @@ _BY_TARGET = "antiphon_requests_by_target_total"
 _TARGET = 'max(antiphon_target_seconds{{job="$job", target="{}"}})'
 _FAILING = share(
     rate(_REQUESTS, where=f'{INGRESS}, outcome=~"failed|busy"'),
-    rate(_REQUESTS, where=f'{INGRESS}, outcome!~"aborted|invalid"'),
+    rate(_REQUESTS, where=f'{INGRESS}, outcome=~"stop|length|failed|busy"'),
 )
 _MISSED = share(rate(_BY_TARGET, where=f'{JOB}, met!="both"'), rate(_BY_TARGET))
 
@@ -39,8 +39,9 @@ def requests_by_outcome(width: int) -> Chart:
     """How requests end, at the ingress."""
     return Chart(
         "Requests by outcome",
-        "stop and length are answers; aborted: the client left; invalid: 4xx; busy: 503; failed: "
-        "5xx, or an error in a stream.",
+        "stop and length are answers; aborted: the client left; busy: 503; failed: 5xx, or an error "
+        "in a stream. The others are 4xx: unauthorized, unknown_model, context_length: prompts too "
+        "long, unsupported: a feature that is not served, invalid: anything else.",
         "reqps",
         [("{{outcome}}", rate(_REQUESTS, by="outcome", where=INGRESS))],
         width=width,

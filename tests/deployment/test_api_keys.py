@@ -184,7 +184,9 @@ def backend() -> ScriptedBackend:
 @pytest.fixture
 def url(door: Door, backend: ScriptedBackend, metrics_need_key: bool) -> Iterator[str]:
     guard = partial(ApiKeyMiddleware, keys=door.keys, metrics_need_key=metrics_need_key)
-    app = create_app(backend, CharTokenizer(), max_concurrent_requests=4, guard=guard)
+    app = create_app(
+        backend, CharTokenizer(), max_concurrent_requests=4, metrics=door.metrics, guard=guard
+    )
     for path in ("/metrics", "/metrics/targets", "/workers"):
         app.add_api_route(path, lambda: "seen")
     with serving(app) as base:
@@ -226,7 +228,7 @@ def test_all_paths_but_the_open_ones_ask_for_a_key(url: str, metrics_need_key: b
         assert status(path, None) == 401
 
 
-def test_the_key_comes_before_anything_else_that_may_be_wrong(url: str) -> None:
+def test_the_key_comes_before_anything_else_that_may_be_wrong(door: Door, url: str) -> None:
     answer = httpx.post(
         f"{url}/v1/completions",
         content=b"no JSON",
@@ -241,3 +243,4 @@ def test_the_key_comes_before_anything_else_that_may_be_wrong(url: str) -> None:
         "param": None,
         "code": "invalid_api_key",
     }
+    assert door.count("antiphon_requests_total", outcome="unauthorized") == 1

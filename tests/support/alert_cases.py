@@ -13,6 +13,7 @@ _WORKER = 'job="a", instance="d:1", pool="decode", worker="d#1", role="decode"'
 _INGRESS = 'job="a", instance="i:1", role="ingress"'
 _REQUESTS = f"antiphon_requests_total{{{_INGRESS}, outcome=%s}}"
 _BY_TARGET = f"antiphon_requests_by_target_total{{{_INGRESS}, met=%s}}"
+_NO_EVENTS = ("aborted", "invalid", "unauthorized", "unknown_model", "context_length", "unsupported")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ SYMPTOMS = [
         70,
         _requests(stop="0+97x90", failed="0+2x90", busy="0+1x90"),
         # What clients end themselves or ask wrongly does not count.
-        _requests(stop="0+97x90", aborted="0+20x90", invalid="0+20x90", failed="0x90", busy="0x90"),
+        _requests(stop="0+97x90", failed="0x90", busy="0x90")
+        | _requests(**dict.fromkeys(_NO_EVENTS, "0+20x90")),
         {"job": "a", "slo": "availability"},
         "critical",
     ),
