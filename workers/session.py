@@ -27,6 +27,7 @@ from antiphon.messages import (
 )
 from antiphon.workers.session_channel import Channel
 from antiphon.workers.session_key import knows_key, with_key
+from antiphon.workers.session_refusals import SessionRefusals
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class SessionServer:
     Args:
         metrics: What ``/metrics`` answers, to anybody.
         session_key: What clients of ``/session`` have to know.
-        on_refused: Told why a client got no session, for a counter: key, protocol or silent.
+        on_refused: Told why a client got no session, for a counter: see ``session_refusals``.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class SessionServer:
     ) -> None:
         self._metrics = metrics
         self._session_key = session_key
-        self._on_refused = on_refused
+        self._refusals = SessionRefusals(on_refused)
         self._handler: SessionHandler | None = None
         self._runner: web.AppRunner | None = None
         self._sessions: set[Session] = set()
@@ -90,7 +91,9 @@ class SessionServer:
         app = web.Application()
         app.router.add_get("/session", self._session)
         app.router.add_get("/metrics", self._serve_metrics)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        self._runner = web.AppRunner(
+            app, access_log=None, shutdown_timeout=1.0, logger=self._refusals.http_logger()
+        )
         await self._runner.setup()
         await web.TCPSite(self._runner, host, port).start()
         bound: int = self._runner.addresses[0][1]
@@ -111,8 +114,7 @@ class SessionServer:
 
     async def _session(self, request: web.Request) -> web.StreamResponse:
         if not knows_key(request.headers, self._session_key):
-            self._on_refused("key")
-            logger.warning("a session was refused: %s does not know the key", request.remote)
+            self._refusals.note("key", f"{request.remote} does not know the key")
             return web.Response(status=401, text="a session needs the key of this worker's card")
         handler = self._handler
         if handler is None:
@@ -159,8 +161,7 @@ class SessionServer:
             kind, reason = "silent", f"no hello within {_HELLO_SECONDS:.0f} s"
         except msgspec.DecodeError as error:
             reason = f"{reason}; unreadable hello: {error}"
-        self._on_refused(kind)
-        logger.warning("a session was refused: %s", reason)
+        self._refusals.note(kind, reason)
         code, message = aiohttp.WSCloseCode.PROTOCOL_ERROR, reason.encode()[:_MAX_CLOSE_REASON]
         await ws.close(code=code, message=message)
         return None
