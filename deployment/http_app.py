@@ -52,6 +52,7 @@ def create_app(
     metrics: IngressMetrics | None = None,
     journal: Journal | None = None,
     guard: Guard | None = None,
+    server_returns_ids: bool = False,
 ) -> FastAPI:
     """Make the application.
 
@@ -63,13 +64,16 @@ def create_app(
         metrics: Where requests are counted; None: nowhere that anybody reads.
         journal: Where requests are remembered; None: nowhere.
         guard: Stands before every route and decides who passes; None lets everybody pass.
+        server_returns_ids: Whether X-Request-Id is in answers already by whoever calls the
+            application, as it is with Serve.
     """
     metrics = metrics or IngressMetrics()
     app = FastAPI(title="Antiphon", version=__version__, strict_content_type=False)
     if guard is not None:
         app.add_middleware(guard)
     app.add_middleware(RequestMetricsMiddleware, metrics=metrics, journal=journal or Journal())
-    app.add_middleware(RequestIdMiddleware)  # around the others, which need the id
+    # Around the others, which need the id.
+    app.add_middleware(RequestIdMiddleware, is_returned=not server_returns_ids)
     add_error_handlers(app)
     service = Service(Planner(backend, tokenizer), Slots(max_concurrent_requests), metrics)
     _add_completion_routes(app, service)
@@ -124,10 +128,15 @@ def _add_probe_routes(app: FastAPI, backend: Backend) -> None:
 
 
 class RequestIdMiddleware:
-    """Gives each request an id, returns it in X-Request-Id, and answers what nobody caught."""
+    """Gives each request an id, returns it in X-Request-Id, and answers what nobody caught.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Serve wraps every server that it starts in a middleware that puts an id into requests without
+    one, and adds that header to answers: a second one would be the same.
+    """
+
+    def __init__(self, app: ASGIApp, *, is_returned: bool) -> None:
         self._app = app
+        self._is_returned = is_returned
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -142,8 +151,9 @@ class RequestIdMiddleware:
             nonlocal is_started
             if message["type"] == "http.response.start":
                 is_started = True
-                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-                message = {**message, "headers": headers}
+                if self._is_returned:
+                    header = (b"x-request-id", request_id.encode())
+                    message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
         try:

@@ -111,6 +111,7 @@ class IngressProcess:
             metrics=self._metrics,
             journal=self._journal,
             guard=_guard(config.http, self._metrics),
+            server_returns_ids=True,
         )
 
         @app.get("/metrics", include_in_schema=False)

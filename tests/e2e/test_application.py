@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from processes import Product, wait_for
@@ -105,9 +106,13 @@ def assert_same_text(
 
 def test_a_request_id_finds_where_its_time_went(product: Product, client: openai.OpenAI) -> None:
     prompt = "Once there was a queue in which every letter waited for the one before it. " * 6
-    client.completions.create(
+    response = client.completions.with_raw_response.create(
         model=DEFAULT_MODEL, prompt=prompt, max_tokens=3, extra_headers={"X-Request-Id": "find-me"}
     )
+    # Serve's proxy returns it: once is enough.
+    assert response.headers.get_list("x-request-id") == ["find-me"]
+    refused = httpx.post(f"{product.url}/v1/completions", json={}, trust_env=False)
+    assert len(refused.headers.get_list("x-request-id")) == 1
     command = [Path(sys.executable).parent / "antiphon", "trace", "find-me", "--url", product.url]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "request find-me: length, " in answer.stdout
