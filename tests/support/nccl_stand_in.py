@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from antiphon.workers.handoff.nccl import NcclParts, NcclTransport
 from antiphon.workers.handoff.segment import HEADER_BYTES
+
+MakeGroup = Callable[[Any, int, int], Any]
 
 
 class Work:
@@ -37,7 +40,7 @@ class Work:
 class Group:
     """Sends and receives in order; ``abort`` ends both ends' works, as a broken NCCL pair does."""
 
-    def __init__(self, store: Any, rank: int) -> None:
+    def __init__(self, store: Any, rank: int, device: int) -> None:
         options = dist.ProcessGroupGloo._Options()
         device = dist.ProcessGroupGloo.create_device(hostname="127.0.0.1", lazy_init=False)
         options._devices, options._threads = [device], 1
@@ -57,12 +60,13 @@ class Group:
             self._group.recv([never], 1 - self._rank, 7).wait(timedelta(milliseconds=1))
 
 
-def stand_in_transport(host: str) -> NcclTransport:
-    """An NCCL transport whose communicators are the above."""
+def stand_in_transport(host: str, make_group: MakeGroup = Group) -> NcclTransport:
+    """An NCCL transport whose communicators are the above, or what a test says."""
     return NcclTransport(
         host,
         NcclParts(
-            make_group=Group,
+            make_group=make_group,
+            current_device=lambda: 0,
             is_control=lambda tensor: (
                 tensor.numel() >= HEADER_BYTES
             ),  # others stand for those on a GPU

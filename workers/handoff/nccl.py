@@ -8,6 +8,7 @@ has come over gloo, so no kernel spins on an idle link.
   ``max_ctas``, and the bound on links is what bounds the memory.
 * A kernel that waits for a dead peer ends with ``abort`` alone. Time-outs are kept here, not by
   torch's watchdog, which would end the whole process: a link dies alone.
+* Making a communicator waits for the peer without a bound: ``set_up`` gives it one.
 * ``wait`` of an NCCL work orders streams and returns at once, so the end is polled.
 * A work waits for the stream it is posted from, so each link has one: never for the engine's.
 
@@ -15,6 +16,7 @@ No GPU has run this. What surrounds NCCL is tested with a stand-in for its proce
 """
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from antiphon.errors import ConfigError, LinkBrokenError
 from antiphon.workers.handoff.gloo import GlooLink, GlooTransport
+from antiphon.workers.handoff.set_up import SetUps
 from antiphon.workers.handoff.transport import Link, Pending, Place
 
 _c10d: Any = torch.distributed  # its stubs lack what is used here
@@ -49,8 +52,15 @@ def check_nccl() -> None:
         raise ConfigError("handoff.transport: got 'nccl', but this torch has no NCCL; use 'gloo'")
 
 
-def make_nccl_group(store: Any, rank: int) -> Any:
-    """A connected communicator of two ranks; both ends call it at the same time."""
+def make_nccl_group(store: Any, rank: int, device: int) -> Any:
+    """A connected communicator of two ranks; both ends call it at the same time.
+
+    Args:
+        store: Where the two find each other.
+        rank: Of this end.
+        device: The GPU; a fresh thread would take the first one.
+    """
+    torch.cuda.set_device(device)
     # Read by the group when it is made. The defaults end the process on a time-out.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
@@ -58,7 +68,7 @@ def make_nccl_group(store: Any, rank: int) -> Any:
     options._timeout = _NEVER
     options.config.min_ctas, options.config.max_ctas = 1, _MAX_CTAS
     group = _c10d.ProcessGroupNCCL(store, rank, 2, options)
-    group.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
+    group.eager_connect_single_device(torch.device("cuda", device))
     return group
 
 
@@ -72,13 +82,15 @@ class NcclParts:
     """What tests replace where there is no GPU.
 
     Attributes:
-        make_group: Makes the communicator from a store and a rank.
+        make_group: Makes the communicator from a store, a rank and a device.
+        current_device: Of the calling thread.
         is_control: Whether a tensor goes over gloo.
         make_stream: Makes what a link's works are posted from, for ``on_stream``.
         on_stream: Enters it.
     """
 
-    make_group: Callable[[Any, int], Any] = make_nccl_group
+    make_group: Callable[[Any, int, int], Any] = make_nccl_group
+    current_device: Callable[[], int] = torch.cuda.current_device
     is_control: Callable[[Tensor], bool] = is_on_cpu
     make_stream: Callable[[], Any] = torch.cuda.Stream
     on_stream: Callable[[Any], contextlib.AbstractContextManager[Any]] = torch.cuda.stream
@@ -202,13 +214,17 @@ class NcclTransport(GlooTransport):
         if parts is None:
             check_nccl()
         self._parts = parts or NcclParts()
+        self._set_ups = SetUps()
         super().__init__(host)
 
     def _join(self, store: Any, link_id: str, rank: int, timeout_seconds: float) -> Link:
+        device = self._parts.current_device()
         control = self._join_gloo(store, link_id, rank, timeout_seconds)
+        prefix = _c10d.PrefixStore(f"{link_id}/nccl", store)
+        make = functools.partial(self._parts.make_group, prefix, rank, device)
         try:
-            group = self._parts.make_group(_c10d.PrefixStore(f"{link_id}/nccl", store), rank)
-        except RuntimeError as error:
-            control.close()
-            raise LinkBrokenError(f"NCCL set-up failed: {error}") from error
+            group = self._set_ups.run(make, timeout_seconds)
+        except Exception:
+            control.close()  # which the other end sees, if it got further
+            raise
         return NcclLink(control, group, 1 - rank, self._parts)
