@@ -32,8 +32,8 @@ _IS_IT_US = Section(
     [
         _firing("critical", RED).number(),
         _firing("warning", YELLOW).number(),
-        failing("Nothing here and complaints: look in front of the ingress.").number(),
-        missing_a_target("Slow, but answered.").number(),
+        failing("Nothing here and complaints: look in front of the ingress."),
+        missing_a_target("Slow, but answered."),
         Chart(
             "Requests",
             "Per second. Far fewer than usual: they do not reach us.",

@@ -1,7 +1,7 @@
 """Overview: do users get what they should, and where does the time go?"""
 
 from antiphon.deployment.dashboards.board import Board, Section
-from antiphon.deployment.dashboards.panels import RED, YELLOW, Chart
+from antiphon.deployment.dashboards.panels import RED, YELLOW, Chart, PanelBuilder
 from antiphon.deployment.dashboards.queries import INGRESS, JOB, mean, quantiles, rate, share, total
 
 TTFT = "antiphon_time_to_first_token_seconds"
@@ -13,6 +13,13 @@ _FAILING = share(
     rate(_REQUESTS, where=f'{INGRESS}, outcome=~"failed|busy"'),
     rate(_REQUESTS, where=f'{INGRESS}, outcome=~"stop|length|failed|busy"'),
 )
+_TIMES_ALLOWED = "times allowed"
+_TIMES = (
+    'max(antiphon:slo_errors:ratio_rate5m{{job="$job", slo=~"{}"}} / on (slo) group_left () '
+    "(1 - antiphon:slo_objective:ratio))"
+)
+# In times of what the objective allows; the alerts of alerts.yaml compare with the same.
+BURN_STEPS = ((1, YELLOW), (14.4, RED))
 _MISSED = share(rate(_BY_TARGET, where=f'{JOB}, met!="both"'), rate(_BY_TARGET))
 
 
@@ -39,49 +46,46 @@ def requests_by_outcome(width: int) -> Chart:
     """How requests end, at the ingress."""
     return Chart(
         "Requests by outcome",
-        "stop and length are answers; aborted: the client left; busy: 503; failed: 5xx, or an error "
-        "in a stream. The others are 4xx: unauthorized, unknown_model, context_length: prompts too "
-        "long, unsupported: a feature that is not served, invalid: anything else.",
+        "stop and length are answers; aborted: the client left; busy: 503; failed: 5xx, or an "
+        "error in a stream. The others are 4xx: unauthorized, unknown_model, context_length: "
+        "prompts too long, unsupported: a feature that is not served, invalid: anything else.",
         "reqps",
         [("{{outcome}}", rate(_REQUESTS, by="outcome", where=INGRESS))],
         width=width,
     )
 
 
-def failing(description: str) -> Chart:
-    """The share of requests that went wrong here, in the colour of its burn rate."""
-    return Chart(
-        "Fail or are refused",
-        description,
-        "percentunit",
-        [("", _FAILING)],
-        width=4,
-        steps=[(0.001, YELLOW), (0.0144, RED)],
-    )
+def failing(description: str) -> PanelBuilder:
+    """The share of requests that went wrong here, and how many times the objective that is."""
+    return _budget("Fail or are refused", description, _FAILING, "availability")
 
 
-def missing_a_target(description: str) -> Chart:
-    """The share of choices that were slower than wanted, in the colour of its burn rate."""
+def missing_a_target(description: str) -> PanelBuilder:
+    """The share of choices that were slower than wanted, and how many times the objective."""
+    return _budget("Miss a target", description, _MISSED, "ttft|itl")
+
+
+def _budget(title: str, description: str, share_now: str, slos: str) -> PanelBuilder:
+    """Colours are those of the multiple: objectives may change, what a multiple means does not."""
     return Chart(
-        "Miss a target",
-        description,
+        title,
+        f"{description} Beside it: how many times what antiphon:slo_objective:ratio allows, in "
+        "five minutes. Kept up, 1 uses a month's budget in a month, 14.4 in two days.",
         "percentunit",
-        [("", _MISSED)],
+        [("now", share_now), (_TIMES_ALLOWED, _TIMES.format(slos))],
         width=4,
-        steps=[(0.01, YELLOW), (0.144, RED)],
-    )
+        steps=BURN_STEPS,
+    ).number(judged=_TIMES_ALLOWED)
 
 
 _NOW = Section(
     "Now",
     [
-        failing(
-            "Of the requests that clients neither ended nor got wrong. The objective allows 0.1 %."
-        ).number(),
+        failing("Of the requests that clients neither ended nor got wrong."),
         missing_a_target(
             "Of the choices that ended, those outside router.target_ttft_seconds or "
             "router.target_itl_seconds. No data where neither is set."
-        ).number(),
+        ),
         Chart(
             "Requests",
             "Arrivals that have ended, per second.",
@@ -171,7 +175,7 @@ _BUDGET = Section(
                     "(1 - antiphon:slo_objective:ratio)",
                 )
             ],
-            steps=[(1, YELLOW), (14.4, RED)],
+            steps=BURN_STEPS,
         ).lines(),
         Chart(
             "Choices by target",

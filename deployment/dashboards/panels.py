@@ -1,7 +1,7 @@
 """The kinds of panels, each made from a ``Chart``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from grafana_foundation_sdk.builders import (
@@ -71,12 +71,21 @@ class Chart:
         """Parts of a whole over time."""
         return self.lines(is_stacked=True)
 
-    def number(self) -> PanelBuilder:
-        """The latest value, in the colour that it deserves."""
+    def number(self, judged: str = "") -> PanelBuilder:
+        """The latest values, in the colours that they deserve.
+
+        Args:
+            judged: Legend of the only one that has colours; it is a multiple, without a unit.
+        """
         panel = stat.Panel().no_value("none").graph_mode(common_models.BigValueGraphMode.AREA)
         panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
         panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-        return self._dressed(panel, _STAT_HEIGHT)
+        if not judged:
+            return self._dressed(panel, _STAT_HEIGHT)
+        values = {"thresholds": _thresholds(self.steps).build(), "unit": "short", "decimals": 1}
+        properties = [models.DynamicConfigValue(name, value) for name, value in values.items()]
+        panel.override_by_name(judged, properties)
+        return replace(self, steps=())._dressed(panel, _STAT_HEIGHT)
 
     def states(self) -> PanelBuilder:
         """A bar for each series, coloured while it has a value: what was wrong, and since when."""

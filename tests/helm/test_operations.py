@@ -199,6 +199,23 @@ def test_every_dashboard_and_rule_file_of_the_chart_is_rendered(helm: Helm) -> N
         assert all(("alert" in r) != ("record" in r) and r["expr"] for r in group["rules"])
 
 
+def test_objectives_reach_the_rules_that_dashboards_and_alerts_ask(helm: Helm) -> None:
+    wanted = {"availability": 0.9995, "itl": 0.95}
+    values = {"prometheusRule": {"enabled": True, "objectives": wanted}}
+    found = {
+        rule["labels"]["slo"]: rule["expr"]
+        for item in named(helm.render(overrides=values), "PrometheusRule").values()
+        for group in item["spec"]["groups"]
+        for rule in group["rules"]
+        if rule.get("record") == "antiphon:slo_objective:ratio"
+    }
+    assert found == {
+        "availability": "vector(0.9995)",
+        "ttft": "vector(0.99)",
+        "itl": "vector(0.95)",
+    }
+
+
 # Upgrades.
 
 

@@ -80,6 +80,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"scrapeConfig": {"prometheusPeers": []}}, "minItems: got 0, want 1"),
     (
+        {"prometheusRule": {"objectives": {"ttft": 1}}},
+        "at '/prometheusRule/objectives/ttft': exclusiveMaximum: got 1, want 1",
+    ),
+    ({"prometheusRule": {"objectives": {"tpot": 0.9}}}, "additional properties 'tpot' not allowed"),
+    (
         {"modelCache": {"persistentVolumeClaim": {"existingClaim": "cache"}}},
         "existingClaim is set but modelCache.persistentVolumeClaim.enabled is false",
     ),

@@ -56,6 +56,25 @@ def test_dashboards_lead_to_each_other_and_to_the_runbooks(name: str) -> None:
     assert {"datasource", "job", "runbooks"} <= {v["name"] for v in dashboard["templating"]["list"]}
 
 
+@pytest.mark.parametrize(
+    ("title", "slos"), [("Fail or are refused", "availability"), ("Miss a target", "ttft|itl")]
+)
+def test_colours_of_a_budget_follow_the_objective(title: str, slos: str) -> None:
+    found = [(name, panel) for name, panel in panels() if panel["title"] == title]
+    assert {name for name, _ in found} == {"overview", "on-call"}
+    for _, panel in found:
+        share, multiple = panel["targets"]
+        assert f'slo=~"{slos}"' in multiple["expr"]
+        assert multiple["expr"].endswith("(1 - antiphon:slo_objective:ratio))")
+        (override,) = panel["fieldConfig"]["overrides"]
+        assert override["matcher"]["options"] == multiple["legendFormat"] != share["legendFormat"]
+        properties = {item["id"]: item["value"] for item in override["properties"]}
+        assert [step["value"] for step in properties["thresholds"]["steps"]] == [None, 1, 14.4]
+        assert properties["unit"] == "short"
+        (plain,) = panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+        assert plain["value"] is None
+
+
 def test_a_firing_alert_leads_to_its_runbook() -> None:
     (table,) = [p for name, p in panels() if name == "on-call" and p["type"] == "table"]
     (override,) = table["fieldConfig"]["overrides"]

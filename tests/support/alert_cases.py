@@ -13,7 +13,8 @@ _WORKER = 'job="a", instance="d:1", pool="decode", worker="d#1", role="decode"'
 _INGRESS = 'job="a", instance="i:1", role="ingress"'
 _REQUESTS = f"antiphon_requests_total{{{_INGRESS}, outcome=%s}}"
 _BY_TARGET = f"antiphon_requests_by_target_total{{{_INGRESS}, met=%s}}"
-_NO_EVENTS = ("aborted", "invalid", "unauthorized", "unknown_model", "context_length", "unsupported")
+_CLIENTS_FAULT = ("invalid", "unauthorized", "unknown_model", "context_length", "unsupported")
+_NO_EVENTS = ("aborted", *_CLIENTS_FAULT)
 
 
 @dataclass(frozen=True)
