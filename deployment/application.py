@@ -62,6 +62,7 @@ class WorkerReplica:
             engine=parsed.pools[role].engine,
             handoff=parsed.handoff,
             target_itl_seconds=parsed.router.target_itl_seconds,
+            silence_seconds=parsed.router.silence_seconds,
             vllm_names=parsed.metrics.vllm_names,
             tracing=effective(parsed.tracing, os.environ),
             began_at=began_at,

@@ -59,7 +59,7 @@ class ClusterBackend:
         self._needed_roles = needed_roles
         self._metrics = metrics
         self._view = ClusterView()
-        self.sessions = WorkerSessions(self._view, metrics)
+        self.sessions = WorkerSessions(self._view, metrics, config.silence_seconds)
         self._config = config
         self._policy = Policy(config)
         self._stopping: ServiceStoppingError | None = None

@@ -29,7 +29,7 @@ from antiphon.messages import (
     WorkerCard,
     WorkerMessage,
 )
-from antiphon.workers.session import ClientSession
+from antiphon.workers.session import SILENCE_SECONDS, ClientSession
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class WorkerConnection:
         client_id: str,
         on_telemetry: Callable[[Telemetry], None],
         on_lost: Callable[[], None],
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> "WorkerConnection":
         """Connect and subscribe.
 
@@ -59,7 +60,11 @@ class WorkerConnection:
             WorkerLostError: Another incarnation lives there now.
         """
         session = await ClientSession.connect(
-            card.url, client_id, card.session_key, wants_telemetry=True
+            card.url,
+            client_id,
+            card.session_key,
+            wants_telemetry=True,
+            silence_seconds=silence_seconds,
         )
         if session.card.incarnation != card.incarnation:
             await session.close()

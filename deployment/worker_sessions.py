@@ -20,6 +20,7 @@ from antiphon.errors import AntiphonError, CapacityError, TelemetryGapError
 from antiphon.messages import PrefillPeer, PrefillPool, Role, Telemetry, WorkerCard
 from antiphon.router.retry_after import RetryAfter
 from antiphon.router.telemetry_view import ClusterView
+from antiphon.workers.session import SILENCE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,18 @@ class WorkerSessions:
     Args:
         view: That workers join and leave, and whose telemetry it takes in.
         metrics: Of this ingress.
+        silence_seconds: After which a worker that answers no ping is gone.
     """
 
-    def __init__(self, view: ClusterView, metrics: IngressMetrics) -> None:
+    def __init__(
+        self,
+        view: ClusterView,
+        metrics: IngressMetrics,
+        silence_seconds: float = SILENCE_SECONDS,
+    ) -> None:
         self._view = view
         self._metrics = metrics
+        self._silence_seconds = silence_seconds
         self.retry_after = RetryAfter(time.monotonic())
         self._client_id = f"ingress-{uuid.uuid4().hex[:12]}"
         self._connections: dict[str, WorkerConnection] = {}
@@ -137,6 +145,7 @@ class WorkerSessions:
                 self._client_id,
                 on_telemetry=lambda telemetry: self._apply(card, telemetry),
                 on_lost=lost.set,
+                silence_seconds=self._silence_seconds,
             )
             self._connections[card.incarnation] = connection
             logger.info("connected to %s worker %s", card.role, card.url)

@@ -83,6 +83,7 @@ def test_the_model_is_named_after_its_source(source, name):
             "4",
             "less than or equal to 3",
         ),
+        ({"router": {"silence_seconds": 0.5}}, "router.silence_seconds", "0.5", "equal to 1"),
         ({"router": {"max_replays": -1}}, "router.max_replays", "-1", "equal to 0"),
         ({"decode": {"drain_seconds": -1}}, "decode.drain_seconds", "-1", "equal to 0"),
         (

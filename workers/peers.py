@@ -9,16 +9,22 @@ from collections.abc import Callable
 
 from antiphon.errors import LinkBrokenError
 from antiphon.messages import PrefillPeer, WorkerMessage
-from antiphon.workers.session import ClientSession
+from antiphon.workers.session import SILENCE_SECONDS, ClientSession
 
 CONNECT_SECONDS = 1.0
 
 
 class Peers:
-    """Caches one session per prefill incarnation."""
+    """Caches one session per prefill incarnation.
 
-    def __init__(self, client_id: str) -> None:
+    Args:
+        client_id: Of this worker.
+        silence_seconds: After which a peer that answers no ping is gone.
+    """
+
+    def __init__(self, client_id: str, silence_seconds: float = SILENCE_SECONDS) -> None:
         self._client_id = client_id
+        self._silence_seconds = silence_seconds
         self._sessions: dict[str, asyncio.Task[ClientSession]] = {}
 
     async def get(
@@ -62,7 +68,11 @@ class Peers:
         on_lost: Callable[[ClientSession], None],
     ) -> ClientSession:
         session = await ClientSession.connect(
-            peer.url, self._client_id, peer.session_key, timeout=CONNECT_SECONDS
+            peer.url,
+            self._client_id,
+            peer.session_key,
+            timeout=CONNECT_SECONDS,
+            silence_seconds=self._silence_seconds,
         )
         if session.card.incarnation != peer.incarnation:
             await session.close()

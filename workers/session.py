@@ -31,7 +31,8 @@ from antiphon.workers.session_refusals import SessionRefusals
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 5.0  # a peer that answers no ping for 1.5 of these is gone
+SILENCE_SECONDS = 7.5  # a peer that answers no ping for this long is gone
+_HEARTBEATS = 1.5  # of aiohttp's in that time: one until the ping, half of one for the answer
 MAX_MESSAGE_BYTES = 64 * 2**20  # a prompt of a million tokens is 5 MB
 _HELLO_SECONDS = 10.0
 _MAX_CLOSE_REASON = 120  # bytes that fit a WebSocket's close frame
@@ -69,11 +70,17 @@ class SessionServer:
         metrics: What ``/metrics`` answers, to anybody.
         session_key: What clients of ``/session`` have to know.
         on_refused: Told why a client got no session, for a counter: see ``session_refusals``.
+        silence_seconds: After which a client that answers no ping is gone.
     """
 
     def __init__(
-        self, metrics: Callable[[], bytes], session_key: str, on_refused: Callable[[str], None]
+        self,
+        metrics: Callable[[], bytes],
+        session_key: str,
+        on_refused: Callable[[str], None],
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
+        self._silence_seconds = silence_seconds
         self._metrics = metrics
         self._session_key = session_key
         self._refusals = SessionRefusals(on_refused)
@@ -120,7 +127,9 @@ class SessionServer:
         if handler is None:
             return web.Response(status=503, text="this worker is still starting")
         ws = web.WebSocketResponse(
-            heartbeat=HEARTBEAT_SECONDS, max_msg_size=MAX_MESSAGE_BYTES, compress=False
+            heartbeat=self._silence_seconds / _HEARTBEATS,
+            max_msg_size=MAX_MESSAGE_BYTES,
+            compress=False,
         )
         await ws.prepare(request)
         hello = await self._read_hello(ws)
@@ -186,8 +195,17 @@ class ClientSession(Channel):
         *,
         wants_telemetry: bool = False,
         timeout: float = 5.0,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> "ClientSession":
         """Open a session; read from it with ``start``.
+
+        Args:
+            url: In the worker's card.
+            client_id: Of this process.
+            session_key: In the worker's card.
+            wants_telemetry: Whether the worker should report its load and cache.
+            timeout: For all of it, seconds.
+            silence_seconds: After which a worker that answers no ping is gone.
 
         Raises:
             LinkBrokenError: The worker is unreachable, too slow, has another key, or speaks another
@@ -199,7 +217,7 @@ class ClientSession(Channel):
                 ws = await http.ws_connect(
                     url,
                     headers=with_key(session_key),
-                    heartbeat=HEARTBEAT_SECONDS,
+                    heartbeat=silence_seconds / _HEARTBEATS,
                     max_msg_size=MAX_MESSAGE_BYTES,
                     compress=0,
                 )

@@ -72,7 +72,9 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
     """Serve sessions with a loaded model."""
     metrics = WorkerMetrics(settings.role.value)
     session_key = new_session_key()
-    server = SessionServer(metrics.render, session_key, metrics.session_refused)
+    server = SessionServer(
+        metrics.render, session_key, metrics.session_refused, settings.silence_seconds
+    )
     card = _card(settings, loaded, await server.listen(settings.host), session_key)
     worker = Worker(card, server, metrics)
     engine = Engine(
@@ -89,7 +91,7 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
     exporting = start_tracing(settings.tracing, card.role, card.replica_id, metrics)
     tracing = worker.tracing = WorkerTracing(exporting, card)
     sender, prefill = _prefill_service(engine, endpoint, settings.handoff, limits, tracing)
-    closers, generate = _generate_service(worker, engine, endpoint, settings.handoff, limits)
+    closers, generate = _generate_service(worker, engine, endpoint, settings, limits)
     metrics.registry.register(HandoffCollector(card.role, [sender, generate.receiver]))
     worker.run(engine, generate, prefill, [*closers, sender.close, tracing.close])
     kv_gib = card.num_blocks * card.block_size * card.kv_bytes_per_token / 2**30
@@ -133,9 +135,10 @@ def _generate_service(
     worker: Worker,
     engine: Engine,
     endpoint: Endpoint,
-    handoff: HandoffConfig,
+    settings: WorkerSettings,
     limits: RequestLimits,
 ) -> tuple[Sequence[Closer], GenerateService]:
+    handoff = settings.handoff
     receiver_limits = ReceiverLimits(
         timeout_seconds=handoff.timeout_seconds,
         max_links=handoff.max_links,
@@ -147,7 +150,7 @@ def _generate_service(
         client.on_transfer_ended(transfer_id, num_tokens, error)
 
     receiver = HandoffReceiver(endpoint, receiver_limits, on_done)
-    peers = Peers(worker.card.incarnation)
+    peers = Peers(worker.card.incarnation, settings.silence_seconds)
     client = PrefillClient(receiver, peers, handoff.stall_seconds)
     generate_limits = GenerateLimits(
         request=limits,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from antiphon.config import EngineConfig, HandoffConfig, ModelConfig, TracingConfig
 from antiphon.messages import Role
+from antiphon.workers.session import SILENCE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class WorkerSettings:
     engine: EngineConfig
     handoff: HandoffConfig
     target_itl_seconds: float | None = None  # of the router; prefill workers generate under one
+    silence_seconds: float = SILENCE_SECONDS  # of the router
     vllm_names: bool = False
     tracing: TracingConfig | None = None  # what is in force; no endpoint, no traces
     began_at: float = field(default_factory=time.monotonic)  # when the start did

@@ -158,6 +158,12 @@ class RouterConfig(_Section):
         description="A stream that lost its worker waits this long for another one with room; "
         "then it ends with an error.",
     )
+    silence_seconds: Annotated[float, Field(ge=1)] = Field(
+        7.5,
+        description="A session whose other end answers no ping for this long is given up, and what "
+        "it carried goes on elsewhere. A process that stands still for a third of it may lose its "
+        "sessions.",
+    )
     target_ttft_seconds: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Wanted time to the first token. Where a pair comes close to it, a decode "

@@ -2,20 +2,21 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from load import Load, greedy_items
-from process_cluster import Nursery, ProcessCluster, cluster, nursery
+from pools import until
+from process_cluster import SILENCE_SECONDS, Nursery, ProcessCluster, cluster, nursery
 from tiny_models import tiny_model
 
 from antiphon.messages import Role
 
 pytestmark = pytest.mark.e2e
 NUM_CLIENTS = 12
-HEARTBEAT_SECONDS = 7.5  # an ingress gives up a worker that answers no ping for this long
 
 Scenario = Callable[[ProcessCluster, Load], Awaitable[None]]
 
@@ -93,9 +94,12 @@ def test_a_worker_that_stops_is_given_up_and_its_ghost_does_no_harm(play: Any, r
     async def scenario(opened: ProcessCluster, load: Load) -> None:
         victim = opened.of(role)[0]
         victim.signal(signal.SIGSTOP)
+        stopped_at = time.monotonic()
         await more(load, NUM_CLIENTS)
         if role is Role.DECODE:
-            await asyncio.sleep(HEARTBEAT_SECONDS + 1)
+            lost = "antiphon_router_sessions_lost_total"
+            await until(lambda: opened.metrics.count(lost, pool="decode") == 1)
+            assert time.monotonic() - stopped_at < 2 * SILENCE_SECONDS  # the default is longer
         victim.signal(signal.SIGCONT)
         await more(load, 4 * NUM_CLIENTS)
 

@@ -25,7 +25,7 @@ A dot means that there is no such case, because
     - the prefill worker reads nothing during a hand-off but the answer in the handshake, so only
       decode can be a slow reader; at ``ask`` it reads nothing either, and at ``decode`` the reader
       is the client, whose slowness no worker waits for (tests/deployment/test_openai_http.py)
-    - a session that carries nothing any more is found by its heartbeat, which takes 7.5 s: see
+    - a session that carries nothing any more is found by its pings, which takes seconds: see
       test_processes.py, where workers are stopped
 """
 

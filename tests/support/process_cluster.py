@@ -27,6 +27,7 @@ from antiphon.workers.worker_settings import WorkerSettings
 
 START_SECONDS = 60.0
 IDLE_SECONDS = 30.0  # within which all are idle; a link may wait 10 s for a peer that was stopped
+SILENCE_SECONDS = 3.0  # after which an ingress gives up a worker that answers no ping
 GIVE_UP_SECONDS = 1.5  # a prefill worker that sends nothing for this long is given up
 
 
@@ -130,7 +131,7 @@ class ProcessCluster:
         self.metrics = IngressMetrics()
         self.backend = ClusterBackend(
             "tiny",
-            RouterConfig(local_prefill_max_tokens=8),
+            RouterConfig(local_prefill_max_tokens=8, silence_seconds=SILENCE_SECONDS),
             {Role.PREFILL, Role.DECODE},
             self.metrics,
         )
@@ -184,6 +185,7 @@ class ProcessCluster:
             model_folder=self._model_folder,
             model=ModelConfig(),
             engine=EngineConfig(kv_cache_bytes="1MiB", max_batch_tokens=budget),  # type: ignore[arg-type]
+            silence_seconds=SILENCE_SECONDS,
             handoff=HandoffConfig(stall_seconds=GIVE_UP_SECONDS, piece_bytes="16KiB"),  # type: ignore[arg-type]
         )
 

@@ -66,9 +66,11 @@ class Handler:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[SessionServer, Handler, str]]:
+async def serving(
+    silence_seconds: float = 7.5,
+) -> AsyncIterator[tuple[SessionServer, Handler, str]]:
     handler = Handler()
-    server = SessionServer(lambda: b"metrics", KEY, handler.refused.append)
+    server = SessionServer(lambda: b"metrics", KEY, handler.refused.append, silence_seconds)
     port = await server.listen("127.0.0.1")
     server.serve(handler)
     yield server, handler, f"ws://127.0.0.1:{port}/session"
@@ -314,21 +316,18 @@ def test_a_peer_that_reads_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> No
     run(scenario())
 
 
-def test_a_peer_that_hangs_loses_its_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_hangs_loses_its_session() -> None:
     """It keeps the connection open and reads, but answers no ping."""
-    monkeypatch.setattr(session_module, "HEARTBEAT_SECONDS", 0.1)
 
     async def scenario() -> None:
-        async with serving() as (_, handler, url), raw_socket(url, autoping=False) as ws:
+        async with serving(0.15) as (_, handler, url), raw_socket(url, autoping=False) as ws:
             await ws.send_bytes(encode(Hello(PROTOCOL_VERSION, "hung", False)))
             await until(lambda: len(handler.closed) == 1, seconds=5)
 
     run(scenario())
 
 
-def test_a_worker_that_hangs_loses_its_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "HEARTBEAT_SECONDS", 0.1)
-
+def test_a_worker_that_hangs_loses_its_clients() -> None:
     async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = await reader.readuntil(b"\r\n\r\n")
         key = request.partition(b"Sec-WebSocket-Key: ")[2].partition(b"\r\n")[0].decode()
@@ -348,10 +347,8 @@ def test_a_worker_that_hangs_loses_its_clients(monkeypatch: pytest.MonkeyPatch) 
     async def scenario() -> None:
         worker = await asyncio.start_server(hang, "127.0.0.1", 0)
         port = worker.sockets[0].getsockname()[1]
-        client, heard = (
-            await ClientSession.connect(f"ws://127.0.0.1:{port}/", "me", KEY),
-            Listener(),
-        )
+        url, heard = f"ws://127.0.0.1:{port}/", Listener()
+        client = await ClientSession.connect(url, "me", KEY, silence_seconds=0.15)
         client.start(heard.messages.append, heard.on_closed)
         await until(lambda: heard.num_closed == 1, seconds=5)
         worker.close()
