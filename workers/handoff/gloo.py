@@ -32,6 +32,7 @@ import torch.distributed
 from torch import Tensor
 
 from antiphon.errors import LinkBrokenError
+from antiphon.workers.handoff.batch_thread import batch_threads
 from antiphon.workers.handoff.transport import Link, Place
 
 _c10d: Any = torch.distributed  # its stubs lack what is used here
@@ -226,9 +227,9 @@ class GlooTransport:
 
     def _join_gloo(self, store: Any, link_id: str, rank: int, timeout_seconds: float) -> GlooLink:
         options = _c10d.ProcessGroupGloo._Options()
-        options._devices = [
-            _c10d.ProcessGroupGloo.create_device(hostname=self._host, lazy_init=False)
-        ]
+        with batch_threads():
+            device = _c10d.ProcessGroupGloo.create_device(hostname=self._host, lazy_init=False)
+        options._devices = [device]
         options._timeout = timedelta(seconds=timeout_seconds)
         options._threads = 1
         prefix = _c10d.PrefixStore(f"{link_id}/group", store)
