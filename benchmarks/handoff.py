@@ -4,6 +4,10 @@
 
 Two processes on one core each, gloo on loopback, SmolLM2-135M's KV in float32 (46,080 bytes per
 token), blocks scattered over both caches. ``--json`` prints one object and nothing else.
+
+``bandwidth_ratio`` compares with a gloo group as torch makes it, one message at a time, each as
+large as what the hand-off is given at once. Beside it: two messages at a time, and a group whose
+thread is scheduled as a link's is (``workers/handoff/batch_thread.py``), which helps bare gloo too.
 """
 
 import os
@@ -17,6 +21,7 @@ import json
 from typing import Any
 
 from handoff_link import (
+    BARE,
     BYTES_PER_TOKEN,
     SEED,
     Other,
@@ -29,7 +34,7 @@ from handoff_link import (
 from handoff_model import exposed
 from machine import describe_machine
 
-SEGMENT_BYTES = (4 << 20, 8 << 20, 16 << 20)
+MESSAGE_BYTES = (4 << 20, 8 << 20, 16 << 20)
 PIECE_TOKENS = (32, 256, 1024, 4096)
 CHUNK_SECONDS = 0.02  # what computing a chunk is taken to last where pieces are compared
 EXPOSED_REQUESTS = {1024: 3, 4096: 1}
@@ -37,7 +42,7 @@ EXPOSED_REQUESTS = {1024: 3, 4096: 1}
 
 def measure_link(other: Other, pairs: int) -> dict[str, Any]:
     """Everything that needs no model."""
-    rows = [bandwidth(other, size, pairs) for size in SEGMENT_BYTES]
+    rows = [bandwidth(other, size, pairs) for size in MESSAGE_BYTES]
     fixed = fixed_seconds(other)
     return {
         "bandwidth_ratio": min(row["ratio"] for row in rows),
@@ -50,17 +55,15 @@ def measure_link(other: Other, pairs: int) -> dict[str, Any]:
 
 def report(figures: dict[str, Any]) -> None:
     """Print the tables."""
-    print(
-        f"\n{'segment':>10}{'hand-off':>12}{'bare gloo':>12}{'ratio':>8}{'bare, two at a time':>22}"
-    )
+    titles = "".join(f"{title:>20}" for title in ("bare gloo", "two at a time", "batch thread"))
+    print(f"\n{'at once':>10}{'hand-off':>12}{titles}")
     for row in figures["bandwidth"]:
-        rates = [row[f"{name}_bytes_per_second"] / 1e9 for name in ("handoff", "bare")]
-        two = row["bare_two_at_a_time_bytes_per_second"] / 1e9
-        size = f"{row['segment_bytes'] / 2**20:.1f} MiB"
-        print(
-            f"{size:>10}{rates[0]:>7.2f} GB/s{rates[1]:>7.2f} GB/s{row['ratio']:>8.2f}"
-            f"{two:>12.2f} GB/s ({row['ratio_two_at_a_time']:.2f})"
-        )
+        line = f"{row['message_bytes'] / 2**20:>6.1f} MiB"
+        line += f"{row['handoff_bytes_per_second'] / 1e9:>7.2f} GB/s"
+        for kind in BARE:
+            rate, ratio = row[f"{kind}_bytes_per_second"], row[kind.replace("bare", "ratio")]
+            line += f"{rate / 1e9:>8.2f} GB/s ({ratio:.2f})"
+        print(line)
     print("\nexposed after the last chunk, by how a prompt is sent (a chunk takes 20 ms)")
     for num_tokens, row in figures["pieces"].items():
         size = f"{num_tokens * BYTES_PER_TOKEN / 2**20:.1f} MiB"

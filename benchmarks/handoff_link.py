@@ -10,20 +10,21 @@ import os
 import queue
 import random
 import statistics
-import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from antiphon.kernels.torch_kernels import TorchKernels
+from antiphon.workers.handoff.batch_thread import batch_threads
 from antiphon.workers.handoff.endpoint import Endpoint
-from antiphon.workers.handoff.gloo import GlooTransport
+from antiphon.workers.handoff.gloo import GlooLink, GlooTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 from antiphon.workers.handoff.wire import WireFormat
@@ -38,7 +39,6 @@ BYTES_PER_TOKEN = NUM_LAYERS * 2 * NUM_KV_HEADS * HEAD_DIM * 4
 WIRE = WireFormat("benchmark", ((NUM_KV_HEADS, HEAD_DIM, HEAD_DIM),) * NUM_LAYERS, "float32")
 WAIT_SECONDS = 30.0
 TRANSFER_BYTES = 64 << 20
-BARE_LINK = "bare"
 
 
 def make_cache() -> KVCache:
@@ -59,6 +59,19 @@ def use_core(core: int) -> None:
     torch.manual_seed(SEED)
 
 
+def bare_links(port: int, rank: int) -> dict[str, GlooLink]:
+    """Gloo groups without a hand-off: as torch makes them, and with a link's scheduling."""
+    store = dist.TCPStore(HOST, port)
+    links = {}
+    for name, scheduling in {"stock": nullcontext, "link": batch_threads}.items():
+        options = dist.ProcessGroupGloo._Options()
+        with scheduling():
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+        group = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, 2, options)
+        links[name] = GlooLink(group, 1 - rank)
+    return links
+
+
 # The other process.
 
 
@@ -68,16 +81,18 @@ def run_sender(pipe: Connection) -> None:
     cache = make_cache()
     senders: dict[str, HandoffSender] = {}
     done: queue.Queue[Any] = queue.Queue()
-    bare: Any = None
+    bare: dict[str, GlooLink] = {}
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
-        if task[0] == "bare":
-            bare = bare or GlooTransport(HOST).connect(task[1], BARE_LINK, WAIT_SECONDS)
-            _send_bare(bare, *task[2:])
+        if task[0] == "join":
+            bare = bare_links(task[1], 1)
             continue
-        _, name, segment_bytes, piece_bytes, transfer_id, offer, chunks, pause = task
+        if task[0] == "bare":
+            _send_bare(bare[task[1]], *task[2:])
+            continue
+        _, name, piece_bytes, transfer_id, offer, chunks, pause = task
         if name not in senders:
-            limits = SenderLimits(segment_bytes=segment_bytes, piece_bytes=piece_bytes)
+            limits = SenderLimits(piece_bytes=piece_bytes)
             endpoint = Endpoint(GlooTransport(HOST), cache, name, WIRE)
             senders[name] = HandoffSender(endpoint, limits, lambda *report: done.put(report))
         _send(senders[name], transfer_id, offer, chunks, pause, pipe)
@@ -122,7 +137,7 @@ class Other:
 
     pipe: Connection
     cache: KVCache
-    bare: Any = None
+    bare: dict[str, GlooLink]
 
 
 @contextmanager
@@ -133,10 +148,12 @@ def sending_process() -> Iterator[Other]:
     process = context.Process(target=run_sender, args=(there,), daemon=True)
     process.start()
     use_core(0)
-    other = Other(here, make_cache())
+    cache = make_cache()
     assert here.recv() == "ready"
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    here.send(("join", store.port))
     try:
-        yield other
+        yield Other(here, cache, bare_links(store.port, 0))
     finally:
         here.send(None)
         process.join(WAIT_SECONDS)
@@ -146,14 +163,14 @@ def sending_process() -> Iterator[Other]:
 class Pair:
     """A receiver here, with one sender's limits there."""
 
-    def __init__(self, other: Other, segment_bytes: int = 8 << 20, piece_bytes: int = 0) -> None:
+    def __init__(self, other: Other, piece_bytes: int = 0) -> None:
         self.name = uuid.uuid4().hex
         self._other = other
-        self._limits = segment_bytes, piece_bytes
+        self._piece_bytes = piece_bytes
         self._completed: queue.Queue[tuple[float, Any]] = queue.Queue()
         self._receiver = HandoffReceiver(
             Endpoint(GlooTransport(HOST), other.cache, f"decode-{self.name}", WIRE),
-            ReceiverLimits(segment_bytes=segment_bytes),
+            ReceiverLimits(),
             lambda _, __, error: self._completed.put((time.monotonic(), error)),
         )
 
@@ -166,7 +183,7 @@ class Pair:
         began = time.monotonic()
         offer = self._receiver.offer(self.name)
         self._receiver.expect(transfer_id, offer.link_id, table, 0, num_tokens)
-        task = ("send", self.name, *self._limits, transfer_id, offer, chunks, pause)
+        task = ("send", self.name, self._piece_bytes, transfer_id, offer, chunks, pause)
         self._other.pipe.send(task)
         ended, error = self._completed.get(timeout=WAIT_SECONDS)
         assert error is None, error
@@ -179,22 +196,12 @@ class Pair:
         self._receiver.close()
 
 
-def bare_seconds(other: Other, num_bytes: int, count: int, depth: int) -> float:
+def bare_seconds(other: Other, name: str, num_bytes: int, count: int, depth: int) -> float:
     """Seconds for so many messages of bare gloo, ``depth`` at a time."""
-    if other.bare is None:
-        transport = GlooTransport(HOST)
-        accepted: list[Any] = []
-        thread = threading.Thread(
-            target=lambda: accepted.append(transport.accept(BARE_LINK, WAIT_SECONDS))
-        )
-        thread.start()
-        other.pipe.send(("bare", transport.address, num_bytes, 0, 1))
-        thread.join()
-        other.bare = accepted[0], transport.address
-    link, address = other.bare
+    link = other.bare[name]
     buffers = [torch.ones(num_bytes, dtype=torch.uint8) for _ in range(depth)]
     began = time.monotonic()
-    other.pipe.send(("bare", address, num_bytes, count, depth))
+    other.pipe.send(("bare", name, num_bytes, count, depth))
     flights = []
     for index in range(count):
         if len(flights) == depth:
@@ -205,28 +212,34 @@ def bare_seconds(other: Other, num_bytes: int, count: int, depth: int) -> float:
     return time.monotonic() - began
 
 
-def bandwidth(other: Other, segment_bytes: int, pairs: int) -> dict[str, float]:
-    """Bytes per second of hand-offs and of bare gloo, in turn, and the median of their ratios."""
-    num_tokens = segment_bytes // BYTES_PER_TOKEN
-    count = max(2, TRANSFER_BYTES // segment_bytes)
+BARE = {"bare": ("stock", 1), "bare_two_at_a_time": ("stock", 2), "bare_on_link": ("link", 1)}
+
+
+def bandwidth(other: Other, message_bytes: int, pairs: int) -> dict[str, float]:
+    """Bytes per second of hand-offs and of bare gloo, in turn, and the medians of their ratios.
+
+    Bare gloo sends messages of that size; the hand-off is given as much at once, and cuts it.
+    """
+    num_tokens = message_bytes // BYTES_PER_TOKEN
+    count = max(2, TRANSFER_BYTES // message_bytes)
     num_bytes = num_tokens * BYTES_PER_TOKEN
-    pair = Pair(other, segment_bytes)
+    pair = Pair(other)
     rows = []
     for index in range(pairs + 1):
-        ours = pair.transfer([num_tokens * count])
-        bare = {depth: bare_seconds(other, num_bytes, count, depth) for depth in (1, 2)}
+        row = {"handoff": pair.transfer([num_tokens] * count)}
+        for kind, (name, depth) in BARE.items():
+            row[kind] = bare_seconds(other, name, num_bytes, count, depth)
         if index:  # the first round touches fresh memory
-            rows.append((ours, bare[1], bare[2]))
+            rows.append(row)
     pair.close()
-    total = num_bytes * count
-    return {
-        "segment_bytes": num_bytes,
-        "handoff_bytes_per_second": total / statistics.median(row[0] for row in rows),
-        "bare_bytes_per_second": total / statistics.median(row[1] for row in rows),
-        "bare_two_at_a_time_bytes_per_second": total / statistics.median(row[2] for row in rows),
-        "ratio": statistics.median(row[1] / row[0] for row in rows),
-        "ratio_two_at_a_time": statistics.median(row[2] / row[0] for row in rows),
-    }
+    figures = {"message_bytes": float(num_bytes)}
+    for kind in rows[0]:
+        seconds = statistics.median(row[kind] for row in rows)
+        figures[f"{kind}_bytes_per_second"] = num_bytes * count / seconds
+    for kind in BARE:
+        name = kind.replace("bare", "ratio")
+        figures[name] = statistics.median(row[kind] / row["handoff"] for row in rows)
+    return figures
 
 
 def fixed_seconds(other: Other, count: int = 40) -> float:

@@ -87,9 +87,10 @@ class TorchKernels:
         return reference.silu_and_mul(x)
 
     def _rows_of(self, layers: Sequence[PagedKV]) -> tuple[SideRows, ...] | None:
+        key = layers[0].keys.data_ptr()
+        if (rows := self._rows.get(key)) is not None:
+            return rows
         if layers[0].keys.device.type != "cpu":
             return None
-        key = layers[0].keys.data_ptr()
-        if key not in self._rows:  # one cache for the life of a worker
-            self._rows = {key: make_side_rows(layers)}
+        self._rows = {key: make_side_rows(layers)}  # one cache for the life of a worker
         return self._rows[key]

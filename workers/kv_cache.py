@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,6 +94,9 @@ class KVCache:
         self.device = device
         self.num_bytes_per_token = layout.num_wire_bytes_per_token
         self._kernels = kernels
+        self._places = np.arange(block_size)
+        self._is_on_cpu = device.type == "cpu"
+        self._num_scale_bytes = layout.num_wire_scale_bytes  # per token
         self.layers = self._allocate()
 
     def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
@@ -152,13 +156,18 @@ class KVCache:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _slots(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
-        positions = torch.arange(start, end)
-        blocks = torch.tensor(block_table, dtype=torch.int64)[positions // self.block_size]
-        return (blocks * self.block_size + positions % self.block_size).to(self.device)
+        # In numpy, and of the blocks concerned alone: a segment is sent in 300 us, and looking up
+        # its tokens in torch took 50.
+        size = self.block_size
+        first = start // size
+        blocks = np.array(block_table[first : -(-end // size)], dtype=np.int64)
+        slots = (blocks[:, None] * size + self._places).reshape(-1)[start - first * size :]
+        found = torch.from_numpy(slots[: end - start])
+        return found if self._is_on_cpu else found.to(self.device)
 
     def _wire(self, segment: Tensor, num_tokens: int) -> WireKV:
-        num_scale_bytes = self.layout.num_wire_scale_bytes * num_tokens
-        elements = segment[num_scale_bytes:].view(self.layout.wire_dtype)
+        num_scale_bytes = self._num_scale_bytes * num_tokens
         if not num_scale_bytes:
-            return WireKV(elements)
+            return WireKV(segment.view(self.layout.wire_dtype))
+        elements = segment[num_scale_bytes:].view(self.layout.wire_dtype)
         return WireKV(elements, segment[:num_scale_bytes].view(_SCALE_DTYPE))

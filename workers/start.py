@@ -125,7 +125,7 @@ def _prefill_service(
     def on_done(transfer_id: str, error: Exception | None, size: int, seconds: float) -> None:
         service.on_transfer_ended(transfer_id, error, size, seconds)
 
-    sender_limits = SenderLimits(max_links=handoff.max_links, piece_bytes=handoff.piece_bytes)
+    sender_limits = SenderLimits.of(handoff, endpoint.transport.place)
     sender = HandoffSender(endpoint, sender_limits, on_done)
     service = PrefillService(engine, sender, limits, tracing)
     return sender, service
@@ -139,11 +139,7 @@ def _generate_service(
     limits: RequestLimits,
 ) -> tuple[Sequence[Closer], GenerateService]:
     handoff = settings.handoff
-    receiver_limits = ReceiverLimits(
-        timeout_seconds=handoff.timeout_seconds,
-        max_links=handoff.max_links,
-        max_pending=handoff.max_pending,
-    )
+    receiver_limits = ReceiverLimits.of(handoff, endpoint.transport.place)
     client: PrefillClient
 
     def on_done(transfer_id: str, num_tokens: int, error: Exception | None) -> None:

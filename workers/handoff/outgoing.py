@@ -28,6 +28,7 @@ class Outgoing:
     transfer_id: str
     num_taken: int  # tokens before this one were sent, or are on their way
     num_pushed: int  # tokens before this one are computed
+    num_cleared: int = 0  # tokens before this one go now: enough had come together
     block_table: tuple[int, ...] = ()
     mark: Any = None  # of the engine's stream at the last push
     finished_at: float | None = None  # ``time.monotonic``
@@ -48,7 +49,8 @@ class Outgoing:
             return False
         if self.abort_reason is not None or self.finished_at is not None:
             return True
-        return self.num_pushed - self.num_taken >= min_tokens
+        is_begun = self.num_taken < self.num_cleared
+        return is_begun or self.num_pushed - self.num_taken >= min_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,8 @@ def _take(transfer: Outgoing, cut: Cut) -> tuple[Kind, tuple[int, int]]:
     if start == end:
         transfer.is_ending = True
         return Kind.END, (0, end)
+    if start >= transfer.num_cleared:
+        transfer.num_cleared = transfer.num_pushed
     transfer.num_taken = end
     return Kind.DATA, (start, end)
 

@@ -78,15 +78,7 @@ class HandoffReceiver:
             self._current[peer_incarnation] = link
         if evicted is not None:
             evicted.close()
-        return LinkOffer(
-            transport=self._endpoint.transport.name,
-            address=address,
-            link_id=link.link_id,
-            receiver_incarnation=self._endpoint.incarnation,
-            wire_fingerprint=self._endpoint.wire.fingerprint,
-            segment_bytes=self.limits.segment_bytes,
-            receiver_name=self._endpoint.name,
-        )
+        return link.offer(address)
 
     def expect(
         self, transfer_id: str, link_id: str, block_table: Sequence[int], start: int, end: int
@@ -215,7 +207,9 @@ class HandoffReceiver:
         for link in links:
             link.join(2 * self.limits.io_timeout_seconds + 1)
         self._watchdog.join(self.limits.io_timeout_seconds)
-        for transfer in self._live_transfers():
+        with self._lock:
+            transfers = list(self._transfers.values())
+        for transfer in transfers:
             self.end(transfer, LinkBrokenError("this worker's hand-off receiver was closed"))
 
     # What the links' threads report.
@@ -259,10 +253,6 @@ class HandoffReceiver:
             if self._current.get(link.peer_incarnation) is link:
                 del self._current[link.peer_incarnation]
             return True
-
-    def _live_transfers(self) -> list[Incoming]:
-        with self._lock:
-            return list(self._transfers.values())
 
     def _make_room(self) -> ReceiverLink | None:
         if len(self._links) < self.limits.max_links:

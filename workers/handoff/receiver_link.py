@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from antiphon.config import HandoffConfig
 from antiphon.errors import HandoffError, LinkBrokenError, SegmentRejectedError
+from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import LinkCounts
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.handshake import answer
 from antiphon.workers.handoff.incoming import Incoming
-from antiphon.workers.handoff.segment import HEADER_BYTES, Epochs, Header, Kind, as_bytes
+from antiphon.workers.handoff.segment import Epochs, Header, Kind, as_bytes
 from antiphon.workers.handoff.staging import Frame, Staging
-from antiphon.workers.handoff.transport import Link
+from antiphon.workers.handoff.transport import Link, Place
 
 if TYPE_CHECKING:
     from antiphon.workers.handoff.receiver import HandoffReceiver
@@ -36,7 +38,17 @@ class ReceiverLimits:
     io_timeout_seconds: float = 10.0  # for the handshake; for a payload beside its header
     max_pending: int = 32
     max_links: int = 64
-    segment_bytes: int = 4 << 20  # the largest payload; a link stages two
+    segment_bytes: int = Place.HOST.segment_bytes  # the largest payload; a link stages two
+
+    @classmethod
+    def of(cls, config: HandoffConfig, place: Place) -> "ReceiverLimits":
+        """What is configured, with segments that suit where the transport wants payload."""
+        return cls(
+            timeout_seconds=config.timeout_seconds,
+            max_pending=config.max_pending,
+            max_links=config.max_links,
+            segment_bytes=place.segment_bytes,
+        )
 
 
 class ReceiverLink:
@@ -64,6 +76,18 @@ class ReceiverLink:
     def staging_bytes(self) -> int:
         """Memory that the sender's next messages land in."""
         return self._staging.num_bytes
+
+    def offer(self, address: str) -> LinkOffer:
+        """How its sender reaches it, given the transport's address."""
+        return LinkOffer(
+            transport=self._endpoint.transport.name,
+            address=address,
+            link_id=self.link_id,
+            receiver_incarnation=self._endpoint.incarnation,
+            wire_fingerprint=self._endpoint.wire.fingerprint,
+            segment_bytes=self._receiver.limits.segment_bytes,
+            receiver_name=self._endpoint.name,
+        )
 
     def ensure_started(self) -> None:
         """Start to accept and read: when a transfer is expected, or to prewarm the link."""
@@ -141,7 +165,7 @@ class ReceiverLink:
     def _take(self, link: Link, frame: Frame) -> None:
         """Deliver a message, with the payload that may come beside it."""
         began = time.perf_counter()
-        header = Header.unpack(as_bytes(frame.message[:HEADER_BYTES]))
+        header = Header.unpack(frame.header)
         num_bytes = header.num_payload_bytes
         is_kv = header.kind is Kind.DATA
         if num_bytes > (frame.capacity if is_kv else frame.text_capacity):

@@ -52,6 +52,9 @@ class Kind(enum.IntEnum):
     ABORT = 4  # payload: why the sender gave up
 
 
+_KINDS = {kind.value: kind for kind in Kind}
+
+
 @dataclass(frozen=True, slots=True)
 class Epochs:
     """Which incarnations of sender and receiver a segment belongs to."""
@@ -123,7 +126,7 @@ class Header:
             raise SegmentRejectedError(f"segment header: magic is {magic!r}, expected {_MAGIC!r}")
         if version != HEADER_VERSION:
             raise SegmentRejectedError(f"segment header: version {version}, not {HEADER_VERSION}")
-        if kind not in Kind.__members__.values():
+        if kind not in _KINDS:
             raise SegmentRejectedError(f"segment header: kind {kind} is unknown")
         if start > end:
             raise SegmentRejectedError(f"segment header: token range [{start}, {end}) is reversed")
@@ -132,7 +135,7 @@ class Header:
                 f"segment header: payload bytes {num_payload_bytes} exceed {MAX_PAYLOAD_BYTES}"
             )
         return cls(
-            Kind(kind),
+            _KINDS[kind],
             Epochs(sender, receiver),
             transfer_id,
             start,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antiphon.config import HandoffConfig
 from antiphon.errors import HandoffError, LinkBrokenError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import LinkCounts, Tally
@@ -39,7 +40,7 @@ from antiphon.workers.handoff.segment import (
     checksum,
 )
 from antiphon.workers.handoff.staging import Staging
-from antiphon.workers.handoff.transport import Link
+from antiphon.workers.handoff.transport import Link, Place
 
 _IDLE_SECONDS = 60.0  # an idle thread lets go of its staging buffers
 _MAX_REASON_BYTES = 1024
@@ -52,8 +53,17 @@ class SenderLimits:
 
     timeout_seconds: float = 10.0  # to connect; for the receiver to take a segment
     max_links: int = 64
-    segment_bytes: int = 4 << 20  # larger pushes are split; a link stages two
+    segment_bytes: int = Place.HOST.segment_bytes  # larger pushes are split; a link stages two
     piece_bytes: int = 2 << 20  # less than this waits for more, or for the prompt's end
+
+    @classmethod
+    def of(cls, config: HandoffConfig, place: Place) -> "SenderLimits":
+        """What is configured, with segments that suit where the transport wants payload."""
+        return cls(
+            max_links=config.max_links,
+            segment_bytes=place.segment_bytes,
+            piece_bytes=config.piece_bytes,
+        )
 
 
 # Called with (link, the transfer that ended or None for all of them and the link, error).

@@ -17,11 +17,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from antiphon.workers.handoff.endpoint import KVStore
-from antiphon.workers.handoff.segment import HEADER_BYTES, as_tensor
+from antiphon.workers.handoff.segment import HEADER_BYTES
 from antiphon.workers.handoff.transport import Place
 
 _MAX_TEXT_BYTES = 4096  # of a message that is not KV
@@ -44,10 +45,9 @@ class NoStreams:
     def mark(self) -> None:
         """Nothing is queued."""
 
-    @contextlib.contextmanager
-    def copying(self, after: Any) -> Iterator[None]:
+    def copying(self, after: Any) -> contextlib.AbstractContextManager[None]:
         """Run what is inside."""
-        yield
+        return contextlib.nullcontext()
 
 
 class CudaStreams:
@@ -99,6 +99,7 @@ class Frame:
         self.capacity = num_bytes
         on_host = _MAX_TEXT_BYTES if beside is not None else num_bytes
         self.message = torch.empty(HEADER_BYTES + on_host, dtype=torch.uint8, pin_memory=is_pinned)
+        self._header = self.message[:HEADER_BYTES].numpy()
         self._beside: Tensor | None = None
         if beside is not None:
             self._beside = torch.empty(num_bytes, dtype=torch.uint8, device=beside)
@@ -118,6 +119,11 @@ class Frame:
         """Whether KV comes apart from its header."""
         return self._beside is not None
 
+    @property
+    def header(self) -> bytes:
+        """A copy of what lies before the payload."""
+        return self._header.tobytes()
+
     def payload(self, num_bytes: int) -> Tensor:
         """Where KV is."""
         return self.text(num_bytes) if self._beside is None else self._beside[:num_bytes]
@@ -128,7 +134,7 @@ class Frame:
 
     def tensors(self, header: bytes, num_bytes: int) -> list[Tensor]:
         """What to send, with the header put before KV of so many bytes."""
-        self.message[:HEADER_BYTES].copy_(as_tensor(header))
+        self._header[:] = np.frombuffer(header, dtype=np.uint8)
         if self._beside is None:
             return [self.message[: HEADER_BYTES + num_bytes]]
         return [self.message[:HEADER_BYTES], self._beside[:num_bytes]]

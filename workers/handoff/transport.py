@@ -24,6 +24,16 @@ class Place(enum.Enum):
     HOST = enum.auto()  # pinned, if the KV cache is on a GPU
     DEVICE = enum.auto()  # beside the KV cache
 
+    @property
+    def segment_bytes(self) -> int:
+        """The largest segment that is worth while.
+
+        On the host one that is still in a core's cache (L2, 0.5 to 2 MiB) when it is sent, or
+        checked and written to its blocks: larger ones were slower. On a GPU one that a kernel's
+        start is short beside.
+        """
+        return 768 << 10 if self is Place.HOST else 4 << 20
+
 
 class Pending(Protocol):
     """A send or receive that was started."""
