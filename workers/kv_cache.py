@@ -159,6 +159,10 @@ class KVCache:
         # In numpy, and of the blocks concerned alone: a segment is sent in 300 us, and looking up
         # its tokens in torch took 50.
         size = self.block_size
+        if end > len(block_table) * size:
+            raise IndexError(
+                f"token {end - 1} is beyond the {len(block_table)} blocks of its table"
+            )
         first = start // size
         blocks = np.array(block_table[first : -(-end // size)], dtype=np.int64)
         slots = (blocks[:, None] * size + self._places).reshape(-1)[start - first * size :]

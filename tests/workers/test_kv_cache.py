@@ -70,6 +70,14 @@ def test_the_wire_is_layer_by_layer_keys_then_values() -> None:
     assert cache.num_bytes_per_token == 4 * (2 * 16 + 16 + 4 * 8)
 
 
+def test_tokens_beyond_the_block_table_are_refused() -> None:
+    cache = cache_of(4, 2, torch.float32)
+    with pytest.raises(IndexError, match="token 4 is beyond the 2 blocks"):
+        cache.gather([2, 0], 3, 5, segment(cache, 2))
+    with pytest.raises(IndexError, match="token 4 is beyond the 2 blocks"):
+        cache.scatter([2, 0], 3, 5, segment(cache, 2))
+
+
 def test_a_scatter_writes_nothing_beside_its_tokens() -> None:
     cache = cache_of(3, 4, torch.float32, fill=7.0)
     wire = segment(cache, 2)

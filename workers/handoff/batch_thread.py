@@ -30,12 +30,10 @@ def batch_threads() -> Iterator[None]:
     which is logged.
     """
     with contextlib.ExitStack() as after:
-        if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
-            try:
+        try:
+            if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
                 after.callback(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
-            except OSError as error:
-                _LOGGER.warning(
-                    "gloo's threads keep the default policy, which is slower: %s", error
-                )
+        except OSError as error:
+            _LOGGER.warning("gloo's threads keep the default policy, which is slower: %s", error)
         yield
