@@ -58,6 +58,7 @@ class Policy:
         Raises:
             NoWorkerError: No decode or colocated worker is left.
         """
+        view.assume_rates(now)
         cached = view.match(prompt, now)
         self._num_decisions += 1
         prefills = self._rate_prefills(view.prefill_workers, prompt, cached, exclude)
@@ -143,7 +144,7 @@ class Policy:
         exclude: frozenset[str],
     ) -> Option:
         """Return another choice if ``chosen`` strains a target that the other one keeps better."""
-        steps = chosen.worker.load
+        steps = chosen.worker.believed
         predicted = self._rating.predict(chosen, prompt, steps)
         if self._targets.are_safe(predicted):
             return chosen

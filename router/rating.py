@@ -59,7 +59,7 @@ class Rating:
         self._model = self._target_model if has_targets else CostModel(parameters)
 
     def prefill(self, worker: WorkerView, prompt: HashedPrompt, cached: CachedBlocks) -> RatedTuple:
-        load, ledger = worker.load, self._ledger_of(worker)
+        load, ledger = worker.believed, self._ledger_of(worker)
         num_kv_tokens = prompt.num_tokens - 1
         num_cached = _num_cached_tokens(cached.expected, worker.card, num_kv_tokens)
         num_queued = load.num_queued_tokens + ledger.num_unseen_prefill_tokens
@@ -91,7 +91,7 @@ class Rating:
     def _pair(
         self, worker: WorkerView, prompt: HashedPrompt, num_cached: int, prefill: Option
     ) -> RatedTuple:
-        card, load, ledger = worker.card, worker.load, self._ledger_of(worker)
+        card, load, ledger = worker.card, worker.believed, self._ledger_of(worker)
         num_streams = _num_requests(load, ledger)
         num_free = load.num_free_blocks - ledger.num_unseen_blocks
         room = self._model.room_seconds(num_free, num_blocks(prompt, card, num_cached))
@@ -104,7 +104,7 @@ class Rating:
         self, worker: WorkerView, prompt: HashedPrompt, cached: CachedBlocks, reason: Reason
     ) -> RatedTuple:
         """Rate computing a prompt where it is decoded, whatever the worker's role."""
-        card, load, ledger = worker.card, worker.load, self._ledger_of(worker)
+        card, load, ledger = worker.card, worker.believed, self._ledger_of(worker)
         num_streams = _num_requests(load, ledger)
         num_free = load.num_free_blocks - ledger.num_unseen_blocks
         num_cached = _num_cached_tokens(cached.confirmed, card, prompt.num_tokens - 1)
@@ -126,7 +126,7 @@ class Rating:
             like: Whose steps to assume of a worker that has not decoded yet.
         """
         _, _, num_cached, seconds, worker, reason = option
-        load = worker.load
+        load = worker.believed
         if not load.decode_base_seconds:
             load = replace(
                 load,
@@ -161,7 +161,7 @@ class Rating:
 
     def gap_seconds(self, worker: WorkerView) -> float:
         """How long a decode worker's step keeps it from asking a prefill worker."""
-        load = worker.load
+        load = worker.believed
         num_tokens = load.num_queued_tokens
         return self._target_model.intertoken_seconds(
             worker.card, load, load.num_streams, num_tokens

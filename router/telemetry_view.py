@@ -12,13 +12,19 @@ snapshot on, until it says that it is draining.
 A delta carries net changes; ``removed`` is applied before ``stored``.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from antiphon.errors import TelemetryGapError
 from antiphon.messages import Load, Role, Telemetry, WorkerCard
+from antiphon.router.assumed_rates import MeasuredRates, assume
 from antiphon.router.prefix_index import PrefixIndex
 from antiphon.router.prompt import HashedPrompt, hash_prompt
+
+# Between two looks at all workers' rates. A worker has worked this long before its peers that have
+# not are believed to be like it.
+_ASSUME_SECONDS = 0.1
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +35,17 @@ class WorkerView:
     load: Load
     sequence: int
     updated_at: float  # on the caller's clock
+    rates: MeasuredRates = field(init=False)
+    believed: Load = field(init=False)  # the load, with what is assumed of its rates
+
+    def __post_init__(self) -> None:
+        self.rates = MeasuredRates(self.load, self.updated_at, self.updated_at)
+        self.believed = self.load
+
+    def report(self, telemetry: Telemetry, now: float) -> None:
+        """Take in a report."""
+        self.load, self.sequence, self.updated_at = telemetry.load, telemetry.sequence, now
+        self.believed = self.rates.report(telemetry.load, now)
 
     def age_seconds(self, now: float) -> float:
         """Time since the load was reported."""
@@ -55,6 +72,7 @@ class ClusterView:
         self._cards: dict[str, WorkerCard] = {}
         self._views: dict[str, WorkerView] = {}
         self._indexes: dict[int, PrefixIndex] = {}  # by block size: hashes differ
+        self._assumed_at = -math.inf
         self.prefill_workers: tuple[WorkerView, ...] = ()
         self.decode_workers: tuple[WorkerView, ...] = ()  # decode and colocated
 
@@ -131,6 +149,16 @@ class ClusterView:
                 card.incarnation, hashes[: num_tokens // card.block_size], now
             )
 
+    def assume_rates(self, now: float) -> None:
+        """Keep what is believed of the workers' rates up to date; cheap if called often."""
+        if now - self._assumed_at < _ASSUME_SECONDS:
+            return
+        self._assumed_at = now
+        for role in Role:
+            assume([v.rates for v in self._views.values() if v.card.role is role], now)
+        for view in self._views.values():
+            view.believed = view.rates.believed()
+
     def num_indexed_blocks(self, incarnation: str) -> int:
         """Blocks that a worker reported and still caches."""
         card = self._cards.get(incarnation)
@@ -167,7 +195,7 @@ class ClusterView:
             self._group_by_role()
         else:
             drains = telemetry.load.is_draining != view.load.is_draining
-            view.load, view.sequence, view.updated_at = telemetry.load, telemetry.sequence, now
+            view.report(telemetry, now)
             if drains:
                 self._group_by_role()
 
