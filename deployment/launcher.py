@@ -41,7 +41,7 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
 
     Raises:
         ConfigError: The model cannot be found, the port is taken, there are no API keys where there
-            should be, or the workers cannot start.
+            should be, no cluster is at the address, or the workers cannot start.
     """
     started_at = time.monotonic()
     _check_port(config)
@@ -111,13 +111,12 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
     from ray import serve
 
     if address is not None:
-        typer.echo(f"joining Ray at {address}")
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        _join(address)
     else:
         num_cpus = local_cpus(config)
         typer.echo(f"starting Ray with {num_cpus} CPUs")
         ray.init(
-            address="local",  # not one that happens to run here
+            address="local",  # no other one: not that of RAY_ADDRESS, nor one that runs here
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -132,6 +131,19 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
         else:
             serve.delete(APP_NAME)
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    from antiphon.deployment.ray_address import reachable_head
+
+    typer.echo(f"joining Ray at {address}")
+    try:
+        found = reachable_head(address)
+        ray.init(address=found, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cannot join a Ray cluster at {address}: {error}") from None
 
 
 def _deploy(config: AntiphonConfig, address: str | None, stop: threading.Event) -> None:

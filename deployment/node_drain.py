@@ -20,6 +20,7 @@ import ray._private.state
 import ray._raylet
 from ray.core.generated import autoscaler_pb2
 
+from antiphon.deployment.ray_address import reachable_head
 from antiphon.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,7 @@ def drain_node(
     Raises:
         ConfigError: No cluster runs here, the node cannot be told, or it is the head.
     """
-    address = _services.get_ray_address_from_environment(None, None)
-    if address is None:
-        raise ConfigError("no Ray cluster runs on this machine, and RAY_ADDRESS is not set")
+    address = _cluster_here()
     deadline = time.monotonic() + within_seconds
     cluster = _connect(address)
     node_id = node or _node_here(cluster.node_table(), address)
@@ -67,6 +66,16 @@ def drain_node(
         time.sleep(_POLL_SECONDS)
     report("nothing of Serve is left on this node")
     return True
+
+
+def _cluster_here() -> str:
+    known = _services.get_ray_address_from_environment(None, None)
+    if known is None:
+        raise ConfigError("no Ray cluster runs on this machine, and RAY_ADDRESS is not set")
+    try:
+        return reachable_head(known)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot ask a Ray cluster at {known}: {error}") from None
 
 
 def _connect(address: str) -> Any:

@@ -6,14 +6,12 @@ suspended, cut off or without the package is a finding.
 
 import logging
 import os
-import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-import ray._private.services
 import ray.cloudpickle
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -21,12 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from antiphon.deployment.doctor import agent
 from antiphon.deployment.doctor.facts import Node
 from antiphon.deployment.doctor.survey import Arguments, Failure
+from antiphon.deployment.ray_address import reachable_head
 from antiphon.errors import ConfigError
 
 _ray: Any = ray  # these lack types
 _pickle: Any = ray.cloudpickle
-_services: Any = ray._private.services
-_CONNECT_SECONDS = 5.0
 _MAX_CONCURRENT_CALLS = 8  # one that hangs does not keep others from being answered
 _NOT_OURS = ("node:", "accelerator_type:")
 _MEMORY = ("memory", "object_store_memory")
@@ -75,7 +72,7 @@ def agents_of(address: str) -> Iterator[RayAgents]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        found = _head(address)
+        found = reachable_head(address)
         ray.init(address=found, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(f"cannot join a Ray cluster at {address}: {error}") from None
@@ -89,16 +86,6 @@ def agents_of(address: str) -> Iterator[RayAgents]:
     finally:
         _pickle.unregister_pickle_by_value(agent)
         ray.shutdown()
-
-
-def _head(address: str) -> str:
-    """Resolve ``auto``, and connect once: where nobody listens, Ray would try for minutes."""
-    found = _services.canonicalize_bootstrap_address(address)
-    if found is None:
-        raise ValueError("an address is host:port of the head, or auto")
-    host, _, port = str(found).rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-    return str(found)
 
 
 def members(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Node]:

@@ -1,9 +1,11 @@
 """Which node ``antiphon drain`` takes for its own; tests/e2e/test_chart.py drains one."""
 
+import time
+
 import pytest
 from ray._private import services
 
-from antiphon.deployment.node_drain import _node_here
+from antiphon.deployment.node_drain import _node_here, drain_node
 from antiphon.errors import ConfigError
 
 ADDRESS = "127.0.0.1:6379"
@@ -25,3 +27,12 @@ def test_a_node_that_cannot_be_told_is_refused(count: int, words: str) -> None:
     nodes = [node(str(number), host) for number in range(count)]
     with pytest.raises(ConfigError, match=f"{words} have the address .* name one with --node"):
         _node_here(nodes, ADDRESS)
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that restarts Ray empties itself first, and the cluster may be what is gone."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    started_at = time.monotonic()
+    with pytest.raises(ConfigError, match=r"cannot ask .* at 127\.0\.0\.1:9: nobody"):
+        drain_node(None, 60)
+    assert time.monotonic() - started_at < 10
