@@ -13,6 +13,7 @@ from contextlib import aclosing
 from typing import Any
 
 from antiphon.config import RouterConfig
+from antiphon.deployment.arrivals import ARRIVAL_SECONDS
 from antiphon.deployment.cluster_metrics import ClusterCollector
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journey import Attempt, Journey
@@ -155,7 +156,7 @@ class ClusterBackend:
 
     async def _choose(self, replay: Replay) -> Decision:
         """Choose workers, waiting for one if the request may wait."""
-        began_at = time.monotonic()
+        began_at = asked_at = time.monotonic()
         prompt = self._view.hash_prompt(replay.prompt_token_ids)
         while True:
             now = time.monotonic()
@@ -165,12 +166,25 @@ class ClusterBackend:
             try:
                 decision = self._policy.choose(self._view, prompt, now, exclude)
             except CapacityError as error:
-                replay.wait_or_raise(error, now)
+                if not self._may_get_successor(replay, asked_at, now):
+                    replay.wait_or_raise(error, now)
             else:
                 self._metrics.decision_took(time.monotonic() - began_at)
                 return decision
             await asyncio.sleep(_POLL_SECONDS)
             began_at = time.monotonic()
+
+    def _may_get_successor(self, replay: Replay, asked_at: float, now: float) -> bool:
+        """Whether a session that is being opened, or Serve's next list, may bring a worker."""
+        if self.sessions.expect_worker(now):
+            return True
+        # A worker that stops says so itself, some milliseconds before Serve lists another one.
+        is_stopping = replay.was_turned_away or any(
+            view.load.is_draining and view.card.role is not Role.PREFILL
+            for view in self._view.views
+            if self.sessions.is_listed(view.card.incarnation)
+        )
+        return is_stopping and now - asked_at < ARRIVAL_SECONDS
 
     def _attempt_failed(
         self, request_id: str, replay: Replay, decision: Decision, error: AntiphonError

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,9 @@ from antiphon.tracing import effective, start_tracing
 from antiphon.vllm_names import VllmCollector
 from antiphon.workers.model_source import resolve_model
 from antiphon.workers.tokenizer import Tokenizer
+
+_MEET_SECONDS = 3.0
+_MEET_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,7 @@ class IngressProcess:
         self._address = IngressAddress(replica_id, host, await self._server.listen(host))
         self._siblings = Siblings(self._address, self._placement.ask_ingresses)
         watches = [_watch(self.backend, Role(role), pool) for role, pool in self._pools.items()]
+        await _meet_workers(self.backend)
         yield
         for watch in watches:
             watch.close()
@@ -143,6 +148,17 @@ class IngressProcess:
         await self._server.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
+
+
+async def _meet_workers(backend: ClusterBackend) -> None:
+    """Give sessions a moment: once this replica has started, Serve sends it requests.
+
+    Where the workers run, as in an update, that takes less than a second. Where everything starts,
+    the ingress is there first, and ``/ready`` says so.
+    """
+    deadline = time.monotonic() + _MEET_SECONDS
+    while not backend.is_ready()[0] and time.monotonic() < deadline:
+        await asyncio.sleep(_MEET_POLL_SECONDS)
 
 
 def _guard(http: HttpConfig, metrics: IngressMetrics) -> Guard | None:

@@ -83,6 +83,11 @@ class Replay:
         has_all = len(self.output_token_ids) >= self.original_sampling.max_tokens
         return "length" if has_all else None
 
+    @property
+    def was_turned_away(self) -> bool:
+        """Whether the last worker is stopping, and gave the request back."""
+        return isinstance(self._last_error, (WorkerDrainingError, WorkerMovedError))
+
     def excluded(self, now: float) -> set[str]:
         """Incarnations that must not be asked now."""
         return {incarnation for incarnation, until in self._excluded.items() if now < until}

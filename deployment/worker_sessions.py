@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Coroutine, Iterable, Mapping
 
+from antiphon.deployment.arrivals import Arrivals
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.worker_connection import WorkerConnection
 from antiphon.errors import AntiphonError, CapacityError, TelemetryGapError
@@ -50,6 +51,7 @@ class WorkerSessions:
         self._client_id = f"ingress-{uuid.uuid4().hex[:12]}"
         self._connections: dict[str, WorkerConnection] = {}
         self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
+        self._arrivals = Arrivals(lambda incarnation: view.get(incarnation) is not None)
         self._kept: set[str] = set()  # incarnations that a task holds a session with
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -72,6 +74,10 @@ class WorkerSessions:
         """Whether Serve says that it runs."""
         return incarnation in self._listed
 
+    def expect_worker(self, now: float) -> bool:
+        """Whether a worker that generates was just listed, and may be usable any moment."""
+        return self._arrivals.are_expected(now)
+
     def get(self, incarnation: str) -> WorkerConnection | None:
         """The session with a worker, if it is open."""
         return self._connections.get(incarnation)
@@ -83,9 +89,11 @@ class WorkerSessions:
             if card.role is role and incarnation not in wanted:
                 # Route nothing more to it; requests that it still has may finish.
                 del self._listed[incarnation]
+                self._arrivals.unlisted(incarnation)
         for incarnation, card in wanted.items():
             self._listed[incarnation] = card
             self.retry_after.learn(card)
+            self._arrivals.listed(card, time.monotonic())
             # A worker may be listed again while its session is still open: one is enough.
             if incarnation not in self._kept:
                 self._kept.add(incarnation)

@@ -1,8 +1,8 @@
 """What a router assumes of a worker whose rates nobody measured, or that were measured long ago.
 
-    measured lately      what the worker says
-    never measured       the median of its peers, which have its role
-    measured long ago    that median, if it is better
+    measured lately, or busy         what the worker says
+    never measured                   the median of its peers, which have its role
+    measured long ago, idle since    that median, if it is better
 
 A rate is measured by working. Without this, who has not worked yet counts as slow as the default,
 and who was slow once, in a first step or while the machine did something else, as slow as it was
@@ -47,16 +47,12 @@ class MeasuredRates:
 
     def believed(self) -> Load:
         """The last report, with what is assumed."""
-        prefill, decode, load = self.assumed_prefill, self.assumed_decode, self.load
-        if prefill is None and decode is None:
-            return load
-        return replace(
-            load,
-            prefill_tokens_per_second=load.prefill_tokens_per_second
-            if prefill is None
-            else prefill,
-            decode_step_seconds=load.decode_step_seconds if decode is None else decode,
-        )
+        load = self.load
+        if self.assumed_prefill is not None:
+            load = replace(load, prefill_tokens_per_second=self.assumed_prefill)
+        if self.assumed_decode is not None:
+            load = replace(load, decode_step_seconds=self.assumed_decode)
+        return load
 
 
 def assume(peers: Iterable[MeasuredRates], now: float) -> None:

@@ -54,7 +54,9 @@ async def start_worker(settings: WorkerSettings) -> Worker:
         ConfigError: Model or settings cannot be used; says what to change.
     """
     loaded = await asyncio.to_thread(load, settings)
-    return await run_worker(settings, loaded, make_transport(settings))
+    transport = make_transport(settings)
+    await asyncio.to_thread(lambda: transport.address)  # torch looks up names: 9 s if none answers
+    return await run_worker(settings, loaded, transport)
 
 
 def make_transport(settings: WorkerSettings) -> Transport:
@@ -63,9 +65,8 @@ def make_transport(settings: WorkerSettings) -> Transport:
     Raises:
         ConfigError: It can't work here.
     """
-    if settings.handoff.transport == "nccl":
-        return NcclTransport(settings.host)
-    return GlooTransport(settings.host)
+    transport = NcclTransport if settings.handoff.transport == "nccl" else GlooTransport
+    return transport(settings.host)
 
 
 async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transport) -> Worker:

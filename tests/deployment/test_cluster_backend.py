@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -12,10 +13,12 @@ from pools import assert_idle, start, until
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
+from antiphon.deployment import arrivals, cluster_backend
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.worker_connection import WorkerConnection
 from antiphon.errors import NoWorkerError, ServiceStoppingError, WorkerBusyError
-from antiphon.messages import RequestOutput, Role, SamplingParams
+from antiphon.messages import RequestOutput, Role, SamplingParams, Telemetry, WorkerCard
 from antiphon.workers.worker import Worker
 
 PROMPT = [5 + i for i in range(20)]
@@ -231,6 +234,94 @@ def test_a_worker_lost_before_the_first_token_is_replaced() -> None:
     run(scenario())
 
 
+def test_a_request_waits_for_a_worker_that_was_just_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve drops the last worker of before in the message that lists its successor."""
+    model = tiny_model("llama")
+    expected = oracle(model, PROMPT, 3)
+    may_open = asyncio.Event()
+    open_session = WorkerConnection.open
+
+    async def open_later(card: WorkerCard, *rest: Any, **more: Any) -> WorkerConnection:
+        if card.replica_id == successor_id:
+            await may_open.wait()
+        return await open_session(card, *rest, **more)
+
+    successor_id = ""
+    monkeypatch.setattr(WorkerConnection, "open", open_later)
+
+    async def scenario() -> None:
+        nonlocal successor_id
+        before, successor = await start(Role.DECODE, model), await start(Role.DECODE, model)
+        successor_id = successor.card.replica_id
+        backend = backend_for(Role.DECODE)
+        await connected(backend, Role.DECODE, before)
+        show(backend, Role.DECODE, successor)
+        answer = asyncio.create_task(generate(backend, 3))
+        await asyncio.wait({answer}, timeout=0.2)
+        assert not answer.done()
+        may_open.set()
+        assert await answer == expected
+        assert successor.engine.stats.num_generated_tokens == 3
+        await assert_idle(before, successor)
+        await close(backend, before, successor)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_request_waits_for_the_successor_of_a_worker_that_stops(is_known: bool) -> None:
+    """A worker tells of its stop before Serve does, if not by telemetry, then by turning away."""
+    model = tiny_model("llama")
+    expected = oracle(model, PROMPT, 3)
+
+    async def scenario() -> None:
+        before, successor = await start(Role.DECODE, model), await start(Role.DECODE, model)
+        backend = backend_for(Role.DECODE)
+        await connected(backend, Role.DECODE, before)
+        view = backend._view.get(before.card.incarnation)
+        assert view is not None
+        draining = asyncio.create_task(before.drain(0.0))
+        if is_known:
+            await until(lambda: view.load.is_draining)
+        else:
+            await draining
+        answer = asyncio.create_task(generate(backend, 3))
+        await asyncio.wait({answer}, timeout=0.2)
+        assert not answer.done()
+        show(backend, Role.DECODE, successor)
+        assert await answer == expected
+        await draining
+        await assert_idle(before, successor)
+        await close(backend, before, successor)
+
+    run(scenario())
+
+
+def test_nobody_waits_long_for_a_worker_that_was_listed_and_does_not_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    monkeypatch.setattr(arrivals, "ARRIVAL_SECONDS", 0.3)
+    monkeypatch.setattr(cluster_backend, "ARRIVAL_SECONDS", 0.3)
+
+    async def scenario() -> None:
+        gone = await start(Role.DECODE, model)
+        await gone.close()
+        backend = backend_for(Role.DECODE)
+        show(backend, Role.DECODE, gone)
+        began_at = time.monotonic()
+        with pytest.raises(NoWorkerError):
+            await generate(backend, 3)
+        assert 0.2 < time.monotonic() - began_at < 10
+        began_at = time.monotonic()
+        with pytest.raises(NoWorkerError):
+            await generate(backend, 3)
+        assert time.monotonic() - began_at < 0.2
+        await close(backend)
+
+    run(scenario())
+
+
 def test_a_client_that_goes_away_aborts_at_once() -> None:
     model = tiny_model("llama")
 
@@ -292,9 +383,11 @@ def test_a_prefill_worker_keeps_a_request_that_decode_has_no_room_for() -> None:
         backend = ClusterBackend("tiny", router, {Role.PREFILL, Role.DECODE}, metrics)
         await connected(backend, Role.DECODE, decode)
         await connected(backend, Role.PREFILL, prefill)
-        load = backend._view.get(decode.card.incarnation).load  # type: ignore[union-attr]
-        busy = msgspec.structs.replace(load, decode_base_seconds=10.0, decode_stream_seconds=1.0)
-        backend._view.get(decode.card.incarnation).load = busy  # type: ignore[union-attr]
+        view = backend._view.get(decode.card.incarnation)
+        assert view is not None
+        slow = {"decode_base_seconds": 10.0, "decode_stream_seconds": 1.0}
+        busy = msgspec.structs.replace(view.load, **slow)
+        view.report(Telemetry(view.sequence, False, [], [], busy), view.updated_at)
         tokens: list[int] = []
         async for output in backend.generate("r", PROMPT, SamplingParams(6, temperature=0)):
             tokens += output.token_ids
