@@ -6,6 +6,9 @@ compiler: they are a pytest run of their own, which ``make test`` makes. Others 
 """
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if waiting:
         config.hook.pytest_deselected(items=waiting)
         items[:] = [item for item in items if not item.get_closest_marker("interpreter")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_of_its_own(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let tests find no Ray of this machine, running or gone, and let that find none of theirs.
+
+    Ray keeps the address of the last cluster that was started in its folder, where it outlives the
+    cluster. The path is short because Ray's sockets are in it; logs are kept if a test failed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ray-tests-", dir="/tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_TMPDIR", str(folder))
+        yield
+    if not request.session.testsfailed:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

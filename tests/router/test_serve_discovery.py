@@ -95,7 +95,7 @@ def build_app():
 @pytest.fixture
 def ingress(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Ray puts the driver's directory on every worker's path
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, configure_logging=False)
     try:
         serve.start(proxy_location="Disabled")  # no HTTP here, so no port to collide on
         yield serve.run(build_app(), name="app", route_prefix=None)
