@@ -12,7 +12,7 @@ serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" pas
 	@$(BIN)/antiphon serve $(ARGS)
 
 test: $(INSTALLED) prometheus lint test-kernels  ## lint, types, and the whole suite
-	$(BIN)/pytest -q -m "not nodes"
+	$(BIN)/pytest -q
 
 test-unit: $(INSTALLED) prometheus  ## without the tests that start Ray or compile for other machines' GPUs
 	$(BIN)/pytest -q -m "not e2e and not compiler"
@@ -25,7 +25,7 @@ test-gpu: $(INSTALLED)  ## the same tests on this machine's GPU
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU here: use make test-kernels, or install a CUDA build of torch')"
 	$(BIN)/pytest -q -m interpreter
 
-test-nodes: $(INSTALLED)  ## nodes lost, parted and updated, in network namespaces; as root
+test-nodes: $(INSTALLED)  ## of those, nodes lost, parted and updated, in network namespaces; as root
 	$(BIN)/pytest -q -m nodes
 
 SECONDS ?= 600

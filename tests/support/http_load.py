@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from antiphon.workers.tokenizer import Tokenizer
 
 MAX_TOKENS = 24
-NUM_CLIENTS = 4
 ANSWER_SECONDS = 60.0
 
 
@@ -45,16 +44,19 @@ class HttpLoad:
     Args:
         urls: Of the endpoint; each client stays with one of them.
         asked: Asked in turn.
+        num_clients: How many ask at a time.
     """
 
-    def __init__(self, urls: Sequence[str], asked: Sequence[Question]) -> None:
+    def __init__(
+        self, urls: Sequence[str], asked: Sequence[Question], num_clients: int = 4
+    ) -> None:
         self._asked = asked
         self._next = 0
         self._lock = threading.Lock()
         self._is_stopped = threading.Event()
         self._clients = [
             threading.Thread(target=self._ask, args=[urls[number % len(urls)]], daemon=True)
-            for number in range(NUM_CLIENTS)
+            for number in range(num_clients)
         ]
         self.num_right = 0
         self.slowest_seconds = 0.0
@@ -63,18 +65,25 @@ class HttpLoad:
     def __enter__(self) -> "HttpLoad":
         for client in self._clients:
             client.start()
-        self.more(NUM_CLIENTS)
+        self.more(len(self._clients))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._is_stopped.set()
+        deadline = time.monotonic() + ANSWER_SECONDS + 10
         for client in self._clients:
-            client.join(ANSWER_SECONDS + 10)
+            client.join(max(deadline - time.monotonic(), 0))
+        assert not any(client.is_alive() for client in self._clients), f"no end; {self.seen()}"
 
     def more(self, num_answers: int) -> None:
         """Wait for that many more right answers."""
         wanted = self.num_right + num_answers
-        wait_for(lambda: self.num_right >= wanted, ANSWER_SECONDS, lambda: str(self.problems))
+        wait_for(lambda: self.num_right >= wanted, ANSWER_SECONDS, self.seen)
+
+    def seen(self) -> str:
+        """How it went so far, for people."""
+        slowest = f"the slowest took {self.slowest_seconds:.1f} s"
+        return f"{self.num_right} right answers, {slowest}, problems: {self.problems}"
 
     def _ask(self, url: str) -> None:
         while not self._is_stopped.is_set():

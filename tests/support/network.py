@@ -7,20 +7,25 @@
 A partition is a wrong hardware address in the neighbour table at both ends. Packets leave and reach
 nobody, so nothing is reset and nothing is refused: whoever waits for an answer waits, as on a real
 network whose switch has failed. Each node has a second interface, which takes the default route as
-a management network does, and leads nowhere.
+a management network does, and leads nowhere. Names are not resolved, and that is known at once:
+torch asks for the name of a peer's address when a link is made, and would wait 9 s for no answer.
 """
 
 import contextlib
 import ctypes
+import ipaddress
 import os
 import secrets
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _NOWHERE = "02:00:00:00:de:ad"
 _CLONE_NEWNET = 0x40000000
+_KILL_SECONDS = 20.0
 _FOLDER = Path("/run/netns")
 
 
@@ -65,6 +70,8 @@ class Network:
             _ip("-n", namespace, "addr", "add", "198.19.0.2/24", "dev", "eth1")
             _ip("-n", namespace, "link", "set", "eth1", "up")
             _ip("-n", namespace, "route", "add", "default", "via", "198.19.0.1")
+            for server in _name_servers():
+                _ip("-n", namespace, "route", "add", "unreachable", server)
 
     def remove(self) -> None:
         """Remove what was made; processes in it lose their network and live on."""
@@ -82,31 +89,34 @@ class Network:
         """Where the other nodes, and this process, reach a node."""
         return f"{self._net}.{self._names.index(name) + 2}"
 
-    def part(self, one: str, other: str) -> None:
-        """Let nothing pass between two nodes, in either direction."""
-        for here, there in ((one, other), (other, one)):
+    def part(self, one: str, *others: str) -> None:
+        """Let nothing pass between a node and some others, in either direction."""
+        for here, there in self._ways(one, others):
             wrong = [self.address_of(there), "lladdr", _NOWHERE, "dev", "eth0", "nud", "permanent"]
             _ip("-n", self.namespace(here), "neigh", "replace", *wrong)
 
-    def heal(self, one: str, other: str) -> None:
+    def heal(self, one: str, *others: str) -> None:
         """Let everything pass again."""
-        for here, there in ((one, other), (other, one)):
+        for here, there in self._ways(one, others):
             _ip("-n", self.namespace(here), "neigh", "del", self.address_of(there), "dev", "eth0")
 
     def isolate(self, name: str) -> None:
         """Let nothing pass between a node and any other, this process included."""
-        for other in self._names:
-            if other != name:
-                self.part(name, other)
+        self.part(name, *self._all_but(name))
         to_here = [self.address, "lladdr", _NOWHERE, "dev", "eth0", "nud", "permanent"]
         _ip("-n", self.namespace(name), "neigh", "replace", *to_here)
 
     def rejoin(self, name: str) -> None:
         """End an isolation."""
-        for other in self._names:
-            if other != name:
-                self.heal(name, other)
+        self.heal(name, *self._all_but(name))
         _ip("-n", self.namespace(name), "neigh", "del", self.address, "dev", "eth0")
+
+    def _all_but(self, name: str) -> list[str]:
+        return [other for other in self._names if other != name]
+
+    @staticmethod
+    def _ways(one: str, others: Sequence[str]) -> list[tuple[str, str]]:
+        return [(one, other) for other in others] + [(other, one) for other in others]
 
     @property
     def _host_port(self) -> str:
@@ -160,6 +170,30 @@ def enter(namespace: str) -> None:
             raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
 
 
-def _ip(*arguments: str) -> None:
+def _name_servers() -> list[str]:
+    """Those that a namespace would look for beyond its own interfaces."""
+    file = Path("/etc/resolv.conf")
+    lines = [line.split() for line in file.read_text().splitlines()] if file.exists() else []
+    servers = {words[1] for words in lines if words[:1] == ["nameserver"] and len(words) > 1}
+    addresses = map(ipaddress.ip_address, servers)
+    return [str(each) for each in addresses if each.version == 4 and not each.is_loopback]
+
+
+def kill_all_in(namespace: str) -> None:
+    """End every process in a namespace with SIGKILL, but for this one; on return none is left.
+
+    All are sent the signal before any is waited for, as when a machine is switched off. Not to be
+    called from within the namespace, where it would find its own helper.
+    """
+    deadline = time.monotonic() + _KILL_SECONDS
+    while left := {int(pid) for pid in _ip("netns", "pids", namespace).split()} - {os.getpid()}:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert time.monotonic() < deadline, f"processes {left} survive SIGKILL"
+        time.sleep(0.02)
+
+
+def _ip(*arguments: str) -> str:
     command = ["ip", *arguments]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout

@@ -1,5 +1,6 @@
 """Starts the product in a process of its own, and finds what it leaves behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 START_SECONDS = 180.0
 STOP_SECONDS = 60.0
+KILL_SECONDS = 20.0
 _MARK = "ANTIPHON_TEST_RUN"
 
 
@@ -89,8 +91,20 @@ class Product:
             self.process.communicate(timeout=STOP_SECONDS)
             wait_for(lambda: not self.processes(), 10.0, lambda: f"left: {self.processes()}")
         finally:
-            for pid in self.processes():
-                os.kill(pid, signal.SIGKILL)
+            self.kill()
+
+    def kill(self) -> None:
+        """End what is left of it with SIGKILL, all at once; on return nothing is."""
+
+        def are_gone() -> bool:
+            left = self.processes()
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not left
+
+        wait_for(are_gone, KILL_SECONDS, lambda: f"survive SIGKILL: {self.processes()}")
+        self.process.communicate(timeout=KILL_SECONDS)  # reaped, and its pipe closed
 
     def processes(self) -> dict[int, str]:
         """Command lines of the living processes that this product started, by pid."""
