@@ -90,7 +90,7 @@ SYMPTOMS = [
         "critical",
     ),
     AlertCase(
-        "AntiphonErrorBudgetBurn",
+        "AntiphonErrorBudgetSlowBurn",
         60,
         _requests(stop="0+998x70", failed="0+2x70"),
         _requests(stop="0+9995x70", failed="0+5x70"),
@@ -105,7 +105,7 @@ SYMPTOMS = [
         "critical",
     ),
     AlertCase(
-        "AntiphonTTFTBudgetBurn",
+        "AntiphonTTFTBudgetSlowBurn",
         60,
         _targets(both="0+98x70", ttft_missed="0+2x70", itl_missed="0x70"),
         _targets(both="0+995x70", ttft_missed="0+5x70", itl_missed="0x70"),
@@ -121,7 +121,7 @@ SYMPTOMS = [
         "critical",
     ),
     AlertCase(
-        "AntiphonITLBudgetBurn",
+        "AntiphonITLBudgetSlowBurn",
         420,
         _targets(both="0+98x480", itl_missed="0+2x480"),
         # It was long ago: three days are bad, six hours are not.
