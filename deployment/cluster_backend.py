@@ -123,18 +123,23 @@ class ClusterBackend:
                 try:
                     async with aclosing(self._attempt(decision, request, journey)) as outputs:
                         async for output in outputs:
+                            self._settle(request_id, replay, "resumed")
                             journey.answered(output.timing)
                             yield replay.take(output)
                     return
                 except (CapacityError, WorkerLostError, InvalidParameterError) as error:
                     journey.failed(replay_reason(error))
                     self._attempt_failed(request_id, replay, decision, error)
+            self._settle(request_id, replay, "complete")
             yield RequestOutput(request_id, [], finish_reason)
-        except CapacityError as error:
-            num_tokens = len(prompt_token_ids)
-            error.retry_after_seconds = self.sessions.retry_after_seconds(error, num_tokens)
+        except AntiphonError as error:
+            self._settle(request_id, replay, "failed")
+            if isinstance(error, CapacityError):
+                num_tokens = len(prompt_token_ids)
+                error.retry_after_seconds = self.sessions.retry_after_seconds(error, num_tokens)
             raise
         finally:
+            self._settle(request_id, replay, "aborted")
             self._num_open -= 1
 
     async def stop_taking(self, timeout_seconds: float) -> None:
@@ -195,13 +200,21 @@ class ClusterBackend:
         reason = replay_reason(error)
         if isinstance(error, CapacityError):
             self._metrics.refused(reason)
-        replay.failed(decision.decode.incarnation, error, time.monotonic())
-        if isinstance(error, WorkerLostError):
-            self._metrics.replayed(reason)
         logger.warning(
-            "request %s: %s at %s with %d tokens: %s; another worker goes on",
+            "request %s: %s at %s with %d tokens: %s",
             request_id, reason, decision.decode.replica_id, len(replay.output_token_ids), error,
         )  # fmt: skip
+        replay.failed(decision.decode.incarnation, error, time.monotonic())
+
+    def _settle(self, request_id: str, replay: Replay, outcome: str) -> None:
+        """Count and log what became of a request whose workers were lost, if any were."""
+        if losses := replay.settle():
+            for reason in losses:
+                self._metrics.replayed(reason, outcome)
+            logger.warning(
+                "request %s: %s after its worker was %s, with %d tokens",
+                request_id, outcome, " and ".join(losses), len(replay.output_token_ids),
+            )  # fmt: skip
 
     async def _attempt(
         self, decision: Decision, request: Submit, journey: Journey

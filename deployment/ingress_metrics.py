@@ -4,6 +4,8 @@ Everything is counted on the event loop. A request is counted once, by ``request
 that came to its end once, by ``choice_ended``.
 """
 
+from itertools import product
+
 from antiphon.config import RouterConfig
 from antiphon.deployment.journey import Journey
 from antiphon.messages import Role
@@ -85,9 +87,10 @@ class IngressMetrics(Metrics):
         )
         self._replays = self.counter(
             "antiphon_replays",
-            "Requests that went on at another worker after theirs was lost.",
+            "Choices whose worker was lost or gave them back, by what became of them.",
             "reason",
-            values=("lost", "moved"),
+            "outcome",
+            values=product(("lost", "moved"), ("resumed", "complete", "failed", "aborted")),
         )
         self._decisions = self.counter(
             "antiphon_router_decisions", "Requests sent to workers, by why there.", "reason"
@@ -198,9 +201,15 @@ class IngressMetrics(Metrics):
         self._predicted.labels(self.role, reason).inc(predicted_seconds)
         self._actual.labels(self.role, reason).inc(seconds)
 
-    def replayed(self, reason: str) -> None:
-        """A request was sent again, with the tokens that it had."""
-        self._replays.labels(self.role, reason).inc()
+    def replayed(self, reason: str, outcome: str) -> None:
+        """It is known what became of a choice that was without a worker.
+
+        Args:
+            reason: What befell its worker, lost or moved.
+            outcome: resumed (a worker answered with what came next), complete (nothing was left to
+                do), failed (the client was told so) or aborted (the client left meanwhile).
+        """
+        self._replays.labels(self.role, reason, outcome).inc()
 
     def refused(self, reason: str) -> None:
         """A worker refused a request for want of room."""

@@ -56,6 +56,7 @@ class Replay:
     _excluded: dict[str, float] = field(default_factory=dict)  # by incarnation, until when
     _last_error: AntiphonError | None = None
     _paused_at: float | None = None
+    _losses: list[str] = field(default_factory=list)
 
     @property
     def has_begun(self) -> bool:
@@ -116,6 +117,7 @@ class Replay:
         if self.has_begun and self._paused_at is None:
             self._paused_at = now
         if isinstance(error, WorkerLostError):
+            self._losses.append(replay_reason(error))
             self.num_replays += 1
             if self.num_replays > self.config.max_replays:
                 raise error
@@ -127,6 +129,11 @@ class Replay:
                 self._excluded[incarnation] = now + error.retry_after_seconds
             elif self._num_refusals >= MAX_REFUSALS:
                 raise error
+
+    def settle(self) -> list[str]:
+        """Return what befell its workers since the last call; each is to be counted once."""
+        losses, self._losses = self._losses, []
+        return losses
 
     def wait_or_raise(self, error: CapacityError, now: float) -> None:
         """Return if the request may wait for a worker, of which there is none now.

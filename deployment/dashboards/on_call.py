@@ -113,7 +113,7 @@ _WHICH_POOL = Section(
             "short",
             [
                 ("prefill fallbacks", rate("antiphon_prefill_fallbacks_total")),
-                ("replays", rate("antiphon_replays_total")),
+                ("replays", rate("antiphon_replays_total", where=f'{JOB}, outcome="resumed"')),
                 ("sessions lost", rate("antiphon_router_sessions_lost_total")),
                 ("failed steps", rate("antiphon_engine_step_failures_total")),
             ],

@@ -27,11 +27,11 @@ _DECISIONS = Section(
         ).lines(),
         Chart(
             "Not served at once",
-            "Refusals by workers and ingress, and requests that went on at another worker.",
+            "Refusals by workers, and requests that lost their worker, by what became of them.",
             "reqps",
             [
                 ("refused: {{reason}}", rate("antiphon_refusals_total", by="reason")),
-                ("replayed: {{reason}}", rate("antiphon_replays_total", by="reason")),
+                ("{{reason}}: {{outcome}}", rate("antiphon_replays_total", by="reason, outcome")),
             ],
         ).lines(),
     ],

@@ -87,15 +87,17 @@ class Metrics:
             "antiphon_trace_spans", "Spans of this process that ended.", "outcome"
         )
 
-    def counter(self, name: str, text: str, *labels: str, values: Iterable[str] = ()) -> Counter:
+    def counter(
+        self, name: str, text: str, *labels: str, values: Iterable[str | tuple[str, ...]] = ()
+    ) -> Counter:
         """Make a counter; ``name`` is without ``_total``.
 
-        ``values`` are those of its one label that count from 0 on: Prometheus sees no increase in a
+        ``values`` are those of its labels that count from 0 on: Prometheus sees no increase in a
         sample that was not there before.
         """
         made = Counter(name, text, ["role", *labels], registry=self.registry)
         for value in values:
-            made.labels(self.role, value)
+            made.labels(self.role, *((value,) if isinstance(value, str) else value))
         return made
 
     def gauge(self, name: str, text: str, *labels: str) -> Gauge:

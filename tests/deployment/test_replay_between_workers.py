@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from crew import total
 from pools import assert_idle, start, until
 from tiny_models import oracle, tiny_model
 
@@ -92,8 +93,8 @@ class Cluster:
         self.show(*self.workers)
         await worker.close()
 
-    def replays(self, reason: str) -> float:
-        return self.metrics.count("antiphon_replays_total", reason=reason)
+    def replays(self, reason: str, outcome: str) -> float:
+        return self.metrics.count("antiphon_replays_total", reason=reason, outcome=outcome)
 
 
 def undisturbed(model: Any, sampling: SamplingParams) -> list[int]:
@@ -125,7 +126,8 @@ def test_a_stream_continues_exactly_on_another_worker(how: str, sampling: Sampli
                 else:
                     assert not await victim.drain(0.0)
             assert await stream.task == expected
-            assert cluster.replays("lost" if how == "killed" else "moved") == 2
+            assert cluster.replays("lost" if how == "killed" else "moved", "resumed") == 2
+            assert total(cluster.metrics, "antiphon_replays_total") == 2
             assert [o.finish_reason for o in stream.outputs if o.finish_reason] == ["length"]
             assert len({output.num_cached_tokens for output in stream.outputs}) == 1
             assert sum(output.timing is not None for output in stream.outputs) == 1
@@ -144,7 +146,7 @@ def test_replays_have_a_limit_and_then_the_error_is_honest() -> None:
                 await cluster.kill(cluster.owner())
             with pytest.raises(WorkerLostError, match="is gone"):
                 await stream.task
-            assert cluster.replays("lost") == 1
+            assert cluster.replays("lost", "resumed") == cluster.replays("lost", "failed") == 1
 
     run(scenario())
 
@@ -178,12 +180,12 @@ def test_a_stream_returns_to_its_worker_when_only_the_session_broke() -> None:
             (session,) = cluster.owner()._server.sessions
             session.cut()
             assert await stream.task == expected
-            assert cluster.replays("lost") == 1
+            assert cluster.replays("lost", "resumed") == 1
 
     run(scenario())
 
 
-def test_the_wait_for_another_worker_is_bounded() -> None:
+def test_the_wait_for_another_worker_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama")
 
     async def scenario() -> None:
@@ -193,6 +195,30 @@ def test_the_wait_for_another_worker_is_bounded() -> None:
             await cluster.kill(cluster.owner())
             with pytest.raises(WorkerLostError):
                 await asyncio.wait_for(stream.task, 2)
+            assert cluster.replays("lost", "failed") == 1
+            assert total(cluster.metrics, "antiphon_replays_total") == 1
+            lines = [line for line in caplog.messages if line.startswith("request r: ")]
+            assert "lost at" in lines[0]
+            assert lines[1].startswith("request r: failed after its worker was lost")
+            assert not any(str(PROMPT[:3])[1:-1] in line for line in caplog.messages)
+
+    run(scenario())
+
+
+def test_a_client_that_leaves_while_its_stream_waits_is_no_failure() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        async with Cluster(model, 1) as cluster:
+            stream = Stream(cluster.backend)
+            await until(lambda: len(stream.tokens) >= 3)
+            await cluster.kill(cluster.owner())
+            await until(lambda: not cluster.backend._view.decode_workers)
+            assert total(cluster.metrics, "antiphon_replays_total") == 0, "not known yet"
+            stream.task.cancel()
+            await asyncio.wait({stream.task})
+            assert cluster.replays("lost", "aborted") == 1
+            assert total(cluster.metrics, "antiphon_replays_total") == 1
 
     run(scenario())
 
@@ -248,7 +274,7 @@ def test_a_worker_that_drains_gets_nothing_new_at_once_and_says_so() -> None:
             cluster.backend._view.check()
             count = cluster.metrics.count
             assert count("antiphon_refusals_total", reason="draining") == 0
-            assert cluster.replays("moved") == 0
+            assert total(cluster.metrics, "antiphon_replays_total") == 0
 
     run(scenario())
 

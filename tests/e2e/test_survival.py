@@ -132,7 +132,7 @@ def test_streams_outlive_a_killed_decode_worker(product: Product, undisturbed: l
         return texts
 
     assert asyncio.run(scenario()) == undisturbed
-    assert product.metric("antiphon_replays_total", reason="lost") >= 1
+    assert product.metric("antiphon_replays_total", reason="lost", outcome="resumed") >= 1
     wait_for(lambda: len(product.workers("decode")) == 2, 60)
 
 

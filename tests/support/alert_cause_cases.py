@@ -31,9 +31,10 @@ LADDER = [
     AlertCase(
         "AntiphonReplays",
         20,
-        of_ingress("antiphon_replays_total", "0x10 8x20", 'reason="lost"'),
+        of_ingress("antiphon_replays_total", "0x10 4x20", 'reason="lost", outcome="resumed"')
+        | of_ingress("antiphon_replays_total", "0x10 4x20", 'reason="lost", outcome="failed"'),
         # Workers that are stopped in order hand over what they have.
-        of_ingress("antiphon_replays_total", "0x10 8x20", 'reason="moved"'),
+        of_ingress("antiphon_replays_total", "0x10 8x20", 'reason="moved", outcome="resumed"'),
         {"job": "a"},
     ),
     AlertCase(

@@ -85,8 +85,9 @@ class Scene:
 
     @property
     def num_replays(self) -> float:
-        """Times that the ingress has counted a lost worker."""
-        return total(self.crew.metrics, "antiphon_replays_total")
+        """Requests that the ingress has counted as gone on at another worker."""
+        resumed = {"reason": "lost", "outcome": "resumed"}
+        return self.crew.metrics.count("antiphon_replays_total", **resumed)
 
     def _decoding(self, name: str, **ignored: str) -> float:
         return sum(total(worker.metrics, name, **ignored) for worker in self.crew.alive)

@@ -27,6 +27,7 @@ _SLOW_SEND_SECONDS = 0.12
 _SLOW_STEP_SECONDS = 0.02
 _NUM_REPEATS = 60
 _NUM_CUTS, _NUM_REPLAYS = 6, 10
+_LOST = {"reason": "lost", "outcome": "resumed"}
 _LIFE_SECONDS = 8.0  # less than the ten minutes of the rule, more than Prometheus takes to see it
 _HOLD_SECONDS = 90.0  # never what ends a fault
 
@@ -143,7 +144,7 @@ async def _cut_sessions(system: MonitoredSystem) -> None:
     async with asyncio.timeout(_HOLD_SECONDS):
         while (
             num_cuts < _NUM_CUTS
-            or first.metrics.count("antiphon_replays_total", reason="lost") < _NUM_REPLAYS
+            or first.metrics.count("antiphon_replays_total", **_LOST) < _NUM_REPLAYS
         ):
             await asyncio.sleep(0.05)
             connection = first.backend.sessions.get(system.decode[0].card.incarnation)

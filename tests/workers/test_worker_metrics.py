@@ -132,7 +132,7 @@ def test_a_decode_step_counts_little(monkeypatch: pytest.MonkeyPatch) -> None:
     ("side", "name", "labels"),
     [
         ("ingress", "antiphon_requests_total", {"outcome": "failed"}),
-        ("ingress", "antiphon_replays_total", {"reason": "lost"}),
+        ("ingress", "antiphon_replays_total", {"reason": "lost", "outcome": "failed"}),
         ("ingress", "antiphon_router_sessions_lost_total", {"pool": "prefill"}),
         ("decode", "antiphon_prefill_attempts_total", {"outcome": "stalled"}),
         ("decode", "antiphon_prefill_fallbacks_total", {"reason": "shunned"}),
