@@ -2,17 +2,15 @@
 
 A prefill worker on core 1 and a decode worker on core 0 are started as the product starts them, but
 without Ray; this process is their client. Exposed is what lies between the end of the prompt's last
-step and the start of the first decode step: what the sender says in END of how long ago that step
-was, and what the decode worker's engine waited after that. Both are the workers' own figures
-(``antiphon_handoff_tail_seconds_total``, ``RequestTiming.decode_queue``); only the way of the last
-message, well below a millisecond here, is in neither.
+step and the start of the first decode step: until all KV is in place (``RequestTiming.transfer``),
+and what the decode worker's engine waited after that (``decode_queue``). The way of the message that
+asked the prefill worker is in it, too, because no clock is shared that could tell it apart.
 """
 
 import asyncio
 import multiprocessing
 import random
 import statistics
-import urllib.request
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -70,28 +68,18 @@ class Workers:
     """The client's view of the pair."""
 
     session: ClientSession
-    decode: WorkerCard
     prefill: WorkerCard
     first: asyncio.Queue[RequestTiming]
 
     async def request(self, num_tokens: int, rng: random.Random) -> tuple[float, float]:
         """TTFT as the decode worker measures it, and what of it was exposed transfer."""
-        before = await asyncio.to_thread(self._tail_seconds)
         prompt = [rng.randrange(1000, 40_000) for _ in range(num_tokens)]
         peer = PrefillPeer.of(self.prefill)
         sampling = SamplingParams(max_tokens=1, temperature=0)
         self.session.send(Submit(uuid.uuid4().hex, prompt, sampling, (peer,)))
         timing = await asyncio.wait_for(self.first.get(), REQUEST_SECONDS)
         assert timing.prefill_path == "remote", timing
-        tail = await asyncio.to_thread(self._tail_seconds) - before
-        return timing.total, tail + timing.decode_queue
-
-    def _tail_seconds(self) -> float:
-        url = self.decode.url.replace("ws://", "http://").replace("/session", "/metrics")
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
-        name = "antiphon_handoff_tail_seconds_total{"
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+        return timing.total, timing.transfer + timing.decode_queue
 
 
 @asynccontextmanager
@@ -131,7 +119,7 @@ async def _connect(decode: WorkerCard, prefill: WorkerCard) -> Workers:
 
     session = await ClientSession.connect(decode.url, "benchmark", decode.session_key)
     session.start(on_message, lambda: None)
-    return Workers(session, decode, prefill, first)
+    return Workers(session, prefill, first)
 
 
 async def exposed(counts: dict[int, int]) -> dict[int, dict[str, float]]:

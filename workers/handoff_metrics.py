@@ -47,12 +47,12 @@ class HandoffCollector(Collector):
         for name, (text, value) in {
             "bytes": ("KV bytes sent or accepted.", counts.sent_bytes + counts.received_bytes),
             "segments": ("Segments sent or accepted.", counts.segments),
-            "seconds": ("Time that links were busy with segments.", counts.seconds),
-            "transfers": ("Transfers that ended complete.", counts.transfers),
-            "tail_seconds": (
-                "From a prompt's last step to its transfer's end.",
-                counts.tail_seconds,
+            "seconds": ("Segments were on their way over a link.", counts.seconds),
+            "landing_seconds": (
+                "Segments that had come were checked and written.",
+                counts.landing_seconds,
             ),
+            "transfers": ("Transfers that ended complete.", counts.transfers),
             "links_made": ("Links made.", counts.links_made),
             "links_prewarmed": ("Of those, before a transfer wanted them.", counts.prewarmed_links),
             "links_broken": ("Links that broke.", counts.broken_links),
@@ -95,7 +95,7 @@ class HandoffCollector(Collector):
             "antiphon_handoff_link_bytes", "KV bytes over one link.", labels, num_bytes
         )
         yield counter_family(
-            "antiphon_handoff_link_seconds", "Time that one link was busy.", labels, seconds
+            "antiphon_handoff_link_seconds", "That they were on their way.", labels, seconds
         )
 
     def _alone(self, value: float) -> Values:

@@ -30,7 +30,7 @@ class Peers:
     async def get(
         self,
         peer: PrefillPeer,
-        on_message: Callable[[WorkerMessage], None],
+        on_message: Callable[[ClientSession, WorkerMessage], None],
         on_lost: Callable[[ClientSession], None],
     ) -> ClientSession:
         """Return the open session with a peer, or open one.
@@ -64,7 +64,7 @@ class Peers:
     async def _open(
         self,
         peer: PrefillPeer,
-        on_message: Callable[[WorkerMessage], None],
+        on_message: Callable[[ClientSession, WorkerMessage], None],
         on_lost: Callable[[ClientSession], None],
     ) -> ClientSession:
         session = await ClientSession.connect(
@@ -82,5 +82,5 @@ class Peers:
             self._sessions.pop(peer.incarnation, None)
             on_lost(session)
 
-        session.start(on_message, on_closed)
+        session.start(lambda message: on_message(session, message), on_closed)
         return session

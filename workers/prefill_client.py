@@ -211,11 +211,14 @@ class PrefillClient:
             transfer.peer.send(Abort(transfer_id))
         transfer.end(error)
 
-    def _on_message(self, message: WorkerMessage) -> None:
+    def _on_message(self, peer: ClientSession, message: WorkerMessage) -> None:
         if isinstance(message, Refused):
             if transfer := self._transfers.get(message.request_id):
                 self._fail(transfer, refusal(message))
-        elif not isinstance(message, PrefillDone):
+        elif isinstance(message, PrefillDone):
+            carried = message.num_sent_bytes, message.send_seconds
+            self.receiver.carried(peer.card.incarnation, *carried)
+        else:
             logger.warning("unexpected %s from a prefill worker", type(message).__name__)
 
     def _on_lost(self, peer: ClientSession) -> None:
@@ -235,14 +238,18 @@ def _delivered(
 ) -> Handoff:
     """Account for a transfer that is complete now."""
     said = transfer.incoming.account
+    queue, compute = said.queue_microseconds / 1e6, said.compute_microseconds / 1e6
+    age, sending = said.age_microseconds / 1e6, said.send_microseconds / 1e6
+    before_first_segment = queue + compute + age - sending
+    # The sender speaks before its last segments have landed, and no clock is shared. So both spans
+    # end now, by this clock, and what went before is the sender's; the question's way is in them.
+    elapsed = time.monotonic() - transfer.asked_at
     remote = RemotePrefill(
         worker=peer.name,
-        queue=said.queue_microseconds / 1e6,
-        compute=said.compute_microseconds / 1e6,
-        send=said.send_microseconds / 1e6,
+        queue=queue,
+        compute=compute,
+        send=max(elapsed - before_first_segment, 0.0),
         num_cached_tokens=said.num_cached_tokens,
         num_sent_tokens=transfer.incoming.num_received,
     )
-    # Both messages' ways are in it: no clock is shared that could tell them apart.
-    exposed = time.monotonic() - transfer.asked_at - remote.queue - remote.compute
-    return Handoff(remote, max(exposed, 0.0), failed)
+    return Handoff(remote, max(elapsed - queue - compute, 0.0), failed)

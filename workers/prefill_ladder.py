@@ -174,7 +174,7 @@ class PrefillLadder:
         self._metrics.prefill_attempt(Outcome.COMPLETE)
         self._metrics.received(wanted.num_in_place - num_before)
         if (remote := wanted.handoff.remote) is not None:
-            self._metrics.transferred(remote.send)
+            self._metrics.transferred(remote.send, wanted.handoff.transfer_seconds)
 
     def _failed(
         self, wanted: Wanted, tries: Tries, peer: PrefillPeer, error: PrefillFailedError

@@ -64,8 +64,12 @@ class WorkerMetrics(Metrics):
         ).labels(self.role)
         self._transfer_seconds = self.histogram(
             "antiphon_handoff_transfer_seconds",
-            "From a complete transfer's first segment to its end, most of it beside the computing.",
+            "From a complete transfer's first segment to all KV being in place.",
         )
+        self._tail_seconds = self.counter(
+            "antiphon_handoff_tail_seconds",
+            "Of that, what came after the prompt's last step, summed.",
+        ).labels(self.role)
 
     def introduce(self, card: WorkerCard, model: str, version: str) -> None:
         """Say who this is."""
@@ -88,9 +92,10 @@ class WorkerMetrics(Metrics):
         """KV of so many tokens came, be the transfer complete or not."""
         self._received_tokens.inc(num_tokens)
 
-    def transferred(self, seconds: float) -> None:
-        """A transfer is complete."""
+    def transferred(self, seconds: float, tail_seconds: float) -> None:
+        """A transfer is complete: since its first segment, and since all was computed."""
         self._transfer_seconds.observe(seconds)
+        self._tail_seconds.inc(tail_seconds)
 
     def refused(self, reason: str) -> None:
         """A request was refused as busy."""

@@ -26,17 +26,27 @@ _TRANSFERS = Section(
         ).lines(),
         Chart(
             "Whole transfers",
-            "From asking for the KV to its last byte; most of it goes on while the prompt is "
-            "computed.",
+            "From a transfer's first segment to all KV being in place; most of it goes on while the "
+            "prompt is computed.",
             "s",
             quantiles("antiphon_handoff_transfer_seconds", where=WORKERS),
         ).lines(),
         Chart(
             "First tokens wait for transfers",
-            "Exposed transfer, after the prompt's last step: 90th percentile.",
+            "Exposed transfer, from the prompt's last step to all KV being in place: as the ingress "
+            "hears of it, and the mean by decode worker.",
             "s",
             [
                 ("90 %", quantile(0.9, _PART, where=f'{JOB}, part="transfer"')),
+                (
+                    "mean, {{worker}}",
+                    share(
+                        rate("antiphon_handoff_tail_seconds_total", by="worker", where=WORKERS),
+                        rate(
+                            "antiphon_handoff_transfer_seconds_count", by="worker", where=WORKERS
+                        ),
+                    ),
+                ),
             ],
         ).lines(),
         Chart(
@@ -56,8 +66,9 @@ _TRANSFERS = Section(
         ).lines(),
         Chart(
             "Rate of each link",
-            "Bytes over the time in which the link was busy. Compare it with "
-            "router.link_bytes_per_second, by which the router plans.",
+            "Bytes over the time in which they were on their way, without the copies at both ends, "
+            "as the sender sees it. Compare it with router.link_bytes_per_second, by which the "
+            "router plans.",
             "Bps",
             [
                 (

@@ -234,13 +234,13 @@ class StepOutput(_Message, frozen=True):
 
 
 class PrefillDone(_Message, frozen=True):
-    """All segments of a transfer were handed to the link."""
+    """All segments of a transfer have crossed the link."""
 
     request_id: str
     num_cached_tokens: int
     num_sent_bytes: int
-    total_seconds: float  # from the message's arrival to the last segment being handed to the link
-    send_seconds: float  # of those, spent gathering and sending
+    total_seconds: float  # from the message's arrival to the last segment having crossed
+    send_seconds: float  # of those, in which the link was busy with its segments
 
 
 class Telemetry(_Message, frozen=True):

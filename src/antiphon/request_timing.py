@@ -13,7 +13,7 @@ class RemotePrefill(msgspec.Struct, frozen=True):
     worker: str  # replica id, or url where that is not known
     queue: float  # from the message's arrival to the first step with tokens of the prompt
     compute: float  # from there to the end of the last such step
-    send: float  # from the first segment to the end, most of it beside the computing
+    send: float  # from the first segment to all KV being in place, most of it beside computing
     num_cached_tokens: int  # of the prompt, found in its prefix cache
     num_sent_tokens: int  # whose KV crossed
 

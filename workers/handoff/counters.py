@@ -1,4 +1,10 @@
-"""What the two ends of a hand-off count."""
+"""What the two ends of a hand-off count.
+
+How long a segment is on its way only its sender sees, from putting it on the link until the receiver
+has taken it; to the receiver it is there all at once. So a receiver is told how long the segments of
+a complete transfer took (``HandoffReceiver.carried``). A segment that lands while the next one is
+gathered is noticed when that is done: where copying is slower than the link, the link looks as slow.
+"""
 
 import threading
 from collections import Counter
@@ -18,9 +24,9 @@ class HandoffCounters:
     sent_bytes: int = 0  # payload bytes that the peers took
     received_bytes: int = 0  # payload bytes of accepted segments
     segments: int = 0  # sent, or accepted
-    seconds: float = 0.0  # the links were busy with those
+    seconds: float = 0.0  # segments were on their way; on one link each second counts once
+    landing_seconds: float = 0.0  # receiver: segments were checked and written to the cache
     transfers: int = 0  # complete
-    tail_seconds: float = 0.0  # receiver: from the last token's KV to the transfers' ends, summed
     discarded_segments: dict[str, int] = field(default_factory=dict)  # by DISCARD_REASONS
     links_made: int = 0
     prewarmed_links: int = 0  # of those, made before a transfer wanted them
@@ -30,7 +36,7 @@ class HandoffCounters:
 
 @dataclass(slots=True)
 class LinkCounts:
-    """What one link has carried; written by its thread, gone with it."""
+    """What one link has carried, a receiver's of complete transfers; gone with the link."""
 
     peer: str  # replica id of the other end; where that is not known, what it was found by
     direction: str  # "sent" or "received"
@@ -38,7 +44,7 @@ class LinkCounts:
     seconds: float = 0.0
 
     def add(self, num_bytes: int, seconds: float) -> None:
-        """Count a segment."""
+        """Count payload, and how long it was on its way; always from the same thread."""
         self.num_bytes += num_bytes
         self.seconds += seconds
 
@@ -69,18 +75,22 @@ class Tally:
             self._counts.sent_bytes += num_bytes
             self._counts.seconds += seconds
 
-    def segment(self, num_bytes: int, seconds: float) -> None:
+    def segment(self, num_bytes: int, landing_seconds: float) -> None:
         """Count an accepted segment."""
         with self._lock:
             self._counts.segments += 1
             self._counts.received_bytes += num_bytes
+            self._counts.landing_seconds += landing_seconds
+
+    def carried(self, seconds: float) -> None:
+        """Count how long accepted segments were on their way."""
+        with self._lock:
             self._counts.seconds += seconds
 
-    def completed(self, tail_seconds: float) -> None:
+    def completed(self) -> None:
         """Count a complete transfer."""
         with self._lock:
             self._counts.transfers += 1
-            self._counts.tail_seconds += tail_seconds
 
     def discarded(self, reason: str) -> None:
         """Count a message that was thrown away."""

@@ -71,7 +71,7 @@ class Flight:
 
     message: Message
     num_payload_bytes: int
-    began: float
+    began: float  # ``time.perf_counter``
     pending: Pending
 
 

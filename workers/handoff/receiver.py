@@ -167,6 +167,22 @@ class HandoffReceiver:
         for link in idle:
             link.close()
 
+    def carried(self, peer_incarnation: str, num_bytes: int, seconds: float) -> None:
+        """Count what a peer says of a complete transfer; on the event loop.
+
+        Args:
+            peer_incarnation: Of the sender.
+            num_bytes: Of payload.
+            seconds: How long it was on its way over the link, as only its sender can see.
+        """
+        self.tally.carried(seconds)
+        with self._lock:
+            links = [self._current.get(peer_incarnation), *self._links.values()]
+        for link in links:
+            if link is not None and link.peer_incarnation == peer_incarnation:
+                link.counts.add(num_bytes, seconds)
+                return
+
     def counters(self) -> HandoffCounters:
         """What was received and discarded so far."""
         return self.tally.snapshot()
@@ -222,7 +238,7 @@ class HandoffReceiver:
     def complete(self, transfer: Incoming, account: SenderAccount) -> None:
         """End a transfer that has all its tokens, with what its sender says of it."""
         transfer.account = account
-        self.tally.completed(account.age_microseconds / 1e6)
+        self.tally.completed()
         self.end(transfer, None)
 
     def end(self, transfer: Incoming, error: HandoffError | None) -> None:

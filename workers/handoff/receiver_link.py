@@ -164,7 +164,6 @@ class ReceiverLink:
 
     def _take(self, link: Link, frame: Frame) -> None:
         """Deliver a message, with the payload that may come beside it."""
-        began = time.perf_counter()
         header = Header.unpack(frame.header)
         num_bytes = header.num_payload_bytes
         is_kv = header.kind is Kind.DATA
@@ -173,7 +172,7 @@ class ReceiverLink:
         payload = frame.payload(num_bytes) if is_kv else frame.text(num_bytes)
         if is_kv and frame.is_split:
             link.recv(payload, self._receiver.limits.io_timeout_seconds)
-        self._deliver(header, payload, began)
+        self._deliver(header, payload)
 
     def _reason_to_discard(self, header: Header, transfer: Incoming | None) -> str | None:
         """Why a message says nothing about any transfer of this link."""
@@ -185,7 +184,7 @@ class ReceiverLink:
             return "wrong_link"
         return None
 
-    def _deliver(self, header: Header, payload: Tensor, began: float) -> None:
+    def _deliver(self, header: Header, payload: Tensor) -> None:
         """Judge a message that has arrived, and let it have its effect."""
         transfer = self._receiver.find(header.transfer_id.hex())
         reason = self._reason_to_discard(header, transfer)
@@ -194,7 +193,7 @@ class ReceiverLink:
             return
         try:
             if header.kind is Kind.DATA:
-                self._write(header, payload, transfer, began)
+                self._write(header, payload, transfer)
             elif header.kind is Kind.END:
                 transfer.check_end(header)
                 self._receiver.complete(transfer, header.account)
@@ -207,7 +206,8 @@ class ReceiverLink:
             self._receiver.tally.discarded(str(error).partition(":")[0])
             self._receiver.end(transfer, error)
 
-    def _write(self, header: Header, payload: Tensor, transfer: Incoming, began: float) -> None:
+    def _write(self, header: Header, payload: Tensor, transfer: Incoming) -> None:
+        began = time.perf_counter()
         try:
             discarded = transfer.take(header, payload, self._staging)
         except SegmentRejectedError:
@@ -217,8 +217,6 @@ class ReceiverLink:
             self._receiver.end(transfer, failed)
             return
         if discarded is None:
-            seconds = time.perf_counter() - began
-            self._receiver.tally.segment(payload.numel(), seconds)
-            self.counts.add(payload.numel(), seconds)
+            self._receiver.tally.segment(payload.numel(), time.perf_counter() - began)
         else:
             self._receiver.tally.discarded(discarded)

@@ -206,7 +206,6 @@ class SenderLink:
 
     def _launch(self, link: Link, message: Message) -> Flight | None:
         """Put a message on the wire; None if its KV can't be read, which aborts its transfer."""
-        began = time.perf_counter()
         num_bytes = 0
         try:
             if message.kind is Kind.DATA:
@@ -220,6 +219,7 @@ class SenderLink:
             with self._changed:
                 message.transfer.abort_reason = f"reading the KV cache failed: {error!r}"
             return None
+        began = time.perf_counter()
         return Flight(message, num_bytes, began, link.start_send(tensors))
 
     def _segment(self, message: Message, num_bytes: int) -> list[Tensor]:
@@ -254,7 +254,7 @@ class SenderLink:
             self._tally.sent(flight.num_payload_bytes, seconds)
             self.counts.add(flight.num_payload_bytes, seconds)
         elif message.kind is Kind.END:
-            self._tally.completed(0.0)
+            self._tally.completed()
             self._on_end(self, transfer, None)
         else:
             reason = f"the transfer was given up: {message.abort_reason}"
