@@ -3,8 +3,8 @@
 A prefill worker on core 1 and a decode worker on core 0 are started as the product starts them, but
 without Ray; this process is their client. Exposed is what lies between the end of the prompt's last
 step and the start of the first decode step: until all KV is in place (``RequestTiming.transfer``),
-and what the decode worker's engine waited after that (``decode_queue``). The way of the message that
-asked the prefill worker is in it, too, because no clock is shared that could tell it apart.
+and what the decode worker's engine waited after that (``decode_queue``). The way of the message
+that asked the prefill worker is in it, too, because no clock is shared that could tell it apart.
 """
 
 import asyncio

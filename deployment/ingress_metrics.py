@@ -10,6 +10,7 @@ from antiphon.config import RouterConfig
 from antiphon.deployment.journey import Journey
 from antiphon.messages import Role
 from antiphon.metrics import MICROSECONDS, RATIOS, TOKENS, Metrics
+from antiphon.router.decision import Reason
 
 _FINISHED = ("stop", "length")
 _CLIENTS_FAULT = ("invalid", "unauthorized", "unknown_model", "context_length", "unsupported")
@@ -93,7 +94,10 @@ class IngressMetrics(Metrics):
             values=product(("lost", "moved"), ("resumed", "complete", "failed", "aborted")),
         )
         self._decisions = self.counter(
-            "antiphon_router_decisions", "Requests sent to workers, by why there.", "reason"
+            "antiphon_router_decisions",
+            "Requests sent to workers, by why there.",
+            "reason",
+            values=tuple(Reason),
         )
         self._decision_seconds = self.histogram(
             "antiphon_router_decision_seconds", "To choose workers.", bounds=MICROSECONDS

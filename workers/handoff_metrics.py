@@ -8,7 +8,14 @@ from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from antiphon.metrics import Values, counter_family, gauge_family
-from antiphon.workers.handoff.counters import DISCARD_REASONS, HandoffCounters, LinkCounts, total
+from antiphon.workers.handoff.counters import (
+    DISCARD_REASONS,
+    PREWARM_REASONS,
+    REFUSAL_REASONS,
+    HandoffCounters,
+    LinkCounts,
+    total,
+)
 
 
 class HandoffEnd(Protocol):
@@ -58,13 +65,25 @@ class HandoffCollector(Collector):
             "links_broken": ("Links that broke.", counts.broken_links),
         }.items():
             yield counter_family(f"antiphon_handoff_{name}", text, ["role"], self._alone(value))
-        discarded = {**dict.fromkeys(DISCARD_REASONS, 0), **counts.discarded_segments}
-        yield counter_family(
-            "antiphon_handoff_discarded_segments",
-            "Messages thrown away.",
-            ["role", "reason"],
-            {(self._role, reason): count for reason, count in discarded.items()},
-        )
+        for name, text, reasons, counted in (
+            (
+                "discarded_segments", "Messages thrown away.",
+                DISCARD_REASONS, counts.discarded_segments,
+            ),
+            (
+                "links_refused", "Links whose ends did not go together.",
+                REFUSAL_REASONS, counts.refused_links,
+            ),
+            (
+                "prewarm_failures", "Links that could not be made before a request wanted them.",
+                PREWARM_REASONS, counts.failed_prewarms,
+            ),
+        ):  # fmt: skip
+            by_reason = {**dict.fromkeys(reasons, 0), **counted}
+            samples: dict[tuple[str, ...], float] = {
+                (self._role, reason): count for reason, count in by_reason.items()
+            }
+            yield counter_family(f"antiphon_handoff_{name}", text, ["role", "reason"], samples)
         yield from self._gauges(counts)
         yield from self._links()
 

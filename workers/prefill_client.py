@@ -54,6 +54,7 @@ class Wanted:
     span: RequestSpan | None = None  # of the request
     attempt: RequestSpan | None = None  # of the attempt that is being made
     transfer: "_Transfer | None" = None
+    transfer_id: str = ""  # of the latest attempt, for logs
     handoff: Handoff = NO_HANDOFF  # so far
 
     @property
@@ -165,7 +166,13 @@ class PrefillClient:
         transfer = _Transfer(wanted, transfer_id, link.link_id, session, incoming, ended)
         self._transfers[transfer_id] = wanted.transfer = transfer
         trace = wanted.attempt.context() if wanted.attempt is not None else None
-        session.send(Prefill(transfer_id, transfer_id, wanted.token_ids, first_token, link, trace))
+        wanted.transfer_id = transfer_id
+        session.send(
+            Prefill(
+                transfer_id, transfer_id, wanted.token_ids, first_token, link, trace,
+                wanted.request_id,
+            )
+        )  # fmt: skip
         return transfer
 
     async def _watch(self, transfer: _Transfer, deadline: float) -> None:

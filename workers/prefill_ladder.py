@@ -151,6 +151,7 @@ class PrefillLadder:
             if peer is None:
                 return error
             asked_at, num_before = time.monotonic(), wanted.num_in_place
+            wanted.transfer_id = ""
             try:
                 with attempt(wanted.span, "prefill attempt", peer.name) as wanted.attempt:
                     await self._client.fetch(peer, wanted, tries.deadline)
@@ -188,9 +189,10 @@ class PrefillLadder:
             self._shunned.failed(peer.incarnation)
         self._metrics.prefill_attempt(outcome)
         logger.warning(
-            "request %s: prefill attempt %d, at %s, %s: %s; %d of %d tokens are still missing",
-            wanted.request_id, tries.num_attempts, peer.url, outcome, error,
-            wanted.num_missing, len(wanted.token_ids),
+            "request %s: prefill attempt %d, at %s, transfer %s, %s: %s; %d of %d tokens are still "
+            "missing",
+            wanted.request_id, tries.num_attempts, peer.name, wanted.transfer_id or "not begun",
+            outcome, error, wanted.num_missing, len(wanted.token_ids),
         )  # fmt: skip
 
     async def _compute_here(self, wanted: Wanted, error: PrefillFailedError) -> bool:

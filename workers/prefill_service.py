@@ -67,6 +67,7 @@ class PrefillService:
         problem = self._problem(message)
         if problem:
             session.send(Refused(message.request_id, RefusalKind.INVALID, problem))
+            logger.warning("%s refused: %s", _named(message), problem)
             return
         try:
             # First, because the end of an opened transfer might overtake the refusal.
@@ -74,6 +75,7 @@ class PrefillService:
             self._sender.open(message.transfer_id, message.link, message.first_token)
         except AntiphonError as error:
             session.send(Refused(message.request_id, RefusalKind.BUSY, str(error)))
+            logger.info("%s refused: %s", _named(message), error)
             return
         trace = self._tracing.prefill(message)
         job = _Job(session, message, time.monotonic(), message.first_token, trace)
@@ -89,7 +91,8 @@ class PrefillService:
         try:
             self._sender.prewarm(message.link)
         except AntiphonError as error:
-            logger.info("link not prewarmed: %s", error)
+            peer = message.link.receiver_name or message.link.address
+            logger.warning("no link to %s was prewarmed: %s", peer, error)
 
     def leave(self, decode_incarnation: str) -> None:
         """No session with a decode worker is left: give up the links to it."""
@@ -142,6 +145,8 @@ class PrefillService:
             is_busy = isinstance(error, CapacityError)
             kind = RefusalKind.BUSY if is_busy else RefusalKind.FAILED
             job.session.send(Refused(job.message.request_id, kind, str(error)))
+            level = logging.INFO if is_busy else logging.WARNING
+            logger.log(level, "%s %s: %s", _named(job.message), kind, error)
             self._sender.abort(transfer_id, "refused")
 
     def on_transfer_ended(
@@ -168,7 +173,7 @@ class PrefillService:
             done = PrefillDone(request_id, job.num_cached_tokens, num_bytes, elapsed, seconds)
             job.session.send(done)
         elif not job.is_answered:
-            logger.warning("transfer %s failed: %s", transfer_id, error)
+            logger.warning("%s failed: %s", _named(job.message), error)
             kind = RefusalKind(_outcome(job, error))
             job.session.send(Refused(request_id, kind, str(error)))
 
@@ -182,6 +187,12 @@ class PrefillService:
             return f"first_token {message.first_token} is outside the {num_tokens} tokens"
         # A prompt that can never fit would keep all those behind it waiting.
         return self._limits.explain_prompt(message.prompt_token_ids)
+
+
+def _named(message: Prefill) -> str:
+    """For logs: the request, its transfer and who wants it."""
+    peer = message.link.receiver_name or message.link.address
+    return f"request {message.wanted_by or 'unknown'}: transfer {message.transfer_id} to {peer}"
 
 
 def _outcome(job: _Job, error: Exception | None) -> str:

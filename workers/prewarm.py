@@ -4,7 +4,8 @@
 
 The first request of a pair then pays for no session and no link. It is a favour and never a
 condition: nothing waits for it, a failure is logged and counted, and a link that could not be
-made, or that broke since, is made by the first request as if nobody had tried.
+made, or that broke since, is made by the first request as if nobody had tried. What fails before
+there is a link is counted here, a link that is refused, breaks or is not answered by the receiver.
 """
 
 import asyncio
@@ -12,10 +13,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from antiphon.errors import AntiphonError
+from antiphon.errors import AntiphonError, PrefillFailedError
 from antiphon.messages import PrefillPeer
 from antiphon.workers.prefill_client import PrefillClient
-from antiphon.workers.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,11 @@ class LinkPrewarmer:
     """Takes in which prefill workers there are; on the event loop.
 
     Args:
-        client: Has the sessions with prefill workers.
-        metrics: Where failures are counted.
+        client: Has the sessions with prefill workers, and the receiver that counts failures.
     """
 
-    def __init__(self, client: PrefillClient, metrics: WorkerMetrics) -> None:
+    def __init__(self, client: PrefillClient) -> None:
         self._client = client
-        self._metrics = metrics
         self._seen: OrderedDict[str, None] = OrderedDict()  # incarnations, latest named last
         self._waiting: list[PrefillPeer] = []
         self._task: asyncio.Task[None] | None = None
@@ -61,5 +59,7 @@ class LinkPrewarmer:
             try:
                 await self._client.prewarm(peer)
             except AntiphonError as error:
-                self._metrics.prewarm_failed(type(error).__name__)
-                logger.info("link to %s not prewarmed: %s", peer.url, error)
+                has_session = not isinstance(error, PrefillFailedError)
+                reason = "no_link" if has_session else "unreachable"
+                self._client.receiver.tally.prewarm_failed(reason)
+                logger.warning("no link to %s was prewarmed (%s): %s", peer.name, reason, error)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from aiohttp.http import HttpProcessingError
 
-logger = logging.getLogger(__name__)
+from antiphon.workers.seldom_log import SeldomLog
 
-_QUIET_SECONDS = 60.0  # between two lines of one reason
+logger = logging.getLogger(__name__)
 
 
 class SessionRefusals:
@@ -31,9 +31,7 @@ class SessionRefusals:
         self, on_refused: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._on_refused = on_refused
-        self._clock = clock
-        self._logged_at: dict[str, float] = {}
-        self._num_left_out: dict[str, int] = {}
+        self._log = SeldomLog(logger, clock)
 
     def note(self, reason: str, words: str) -> None:
         """Count one, and log it unless one of its reason was logged less than a minute ago.
@@ -43,16 +41,7 @@ class SessionRefusals:
             words: For the log; nothing that a client may choose the length of.
         """
         self._on_refused(reason)
-        now = self._clock()
-        if now - self._logged_at.get(reason, -_QUIET_SECONDS) < _QUIET_SECONDS:
-            self._num_left_out[reason] = self._num_left_out.get(reason, 0) + 1
-            return
-        self._logged_at[reason] = now
-        num_left_out = self._num_left_out.pop(reason, 0)
-        logger.warning(
-            "a session was refused: %s; %d more like it since the last such line",
-            words, num_left_out,
-        )  # fmt: skip
+        self._log.log(logging.WARNING, reason, "a session was refused: %s", words)
 
     def http_logger(self) -> logging.Logger:
         """A logger for aiohttp's server, which would write a traceback for each bad request."""

@@ -155,7 +155,7 @@ def _generate_service(
         max_fallback_tokens=handoff.max_fallback_tokens,
     )
     service = GenerateService(engine, client, worker.metrics, generate_limits, worker.tracing)
-    worker.prewarmer = prewarmer = LinkPrewarmer(client, worker.metrics)
+    worker.prewarmer = prewarmer = LinkPrewarmer(client)
     return [prewarmer.close, peers.close, receiver.close], service
 
 

@@ -34,7 +34,10 @@ class WorkerMetrics(Metrics):
             values=("queue_full", "no_headroom", "draining"),
         )
         self._session_refusals = self.counter(
-            "antiphon_session_refusals", "Clients that got no session here.", "reason"
+            "antiphon_session_refusals",
+            "Clients that got no session here.",
+            "reason",
+            values=("key", "protocol", "silent", "http"),
         )
 
     def _make_prefill_metrics(self) -> None:
@@ -52,12 +55,6 @@ class WorkerMetrics(Metrics):
             "Prefill workers asked for a prompt.",
             "outcome",
             values=tuple(Outcome),
-        )
-        self._prewarm_failures = self.counter(
-            "antiphon_handoff_prewarm_failures",
-            "Links that could not be made before a request wanted them.",
-            "reason",
-            values=("LinkBrokenError",),
         )
         self._received_tokens = self.counter(
             "antiphon_received_tokens", "Prompt tokens whose KV came over a link."
@@ -104,10 +101,6 @@ class WorkerMetrics(Metrics):
     def session_refused(self, reason: str) -> None:
         """A client got no session."""
         self._session_refusals.labels(self.role, reason).inc()
-
-    def prewarm_failed(self, reason: str) -> None:
-        """A link could not be made before a request wanted it."""
-        self._prewarm_failures.labels(self.role, reason).inc()
 
     def drain(self) -> None:
         """The worker takes nothing new from now on."""

@@ -26,15 +26,15 @@ _TRANSFERS = Section(
         ).lines(),
         Chart(
             "Whole transfers",
-            "From a transfer's first segment to all KV being in place; most of it goes on while the "
-            "prompt is computed.",
+            "From a transfer's first segment to all KV being in place; most of it goes on while "
+            "the prompt is computed.",
             "s",
             quantiles("antiphon_handoff_transfer_seconds", where=WORKERS),
         ).lines(),
         Chart(
             "First tokens wait for transfers",
-            "Exposed transfer, from the prompt's last step to all KV being in place: as the ingress "
-            "hears of it, and the mean by decode worker.",
+            "Exposed transfer, from the prompt's last step to all KV being in place: as the "
+            "ingress hears of it, and the mean by decode worker.",
             "s",
             [
                 ("90 %", quantile(0.9, _PART, where=f'{JOB}, part="transfer"')),
@@ -42,9 +42,7 @@ _TRANSFERS = Section(
                     "mean, {{worker}}",
                     share(
                         rate("antiphon_handoff_tail_seconds_total", by="worker", where=WORKERS),
-                        rate(
-                            "antiphon_handoff_transfer_seconds_count", by="worker", where=WORKERS
-                        ),
+                        rate("antiphon_handoff_transfer_seconds_count", by="worker", where=WORKERS),
                     ),
                 ),
             ],
@@ -144,14 +142,15 @@ _LINKS = Section(
         ).lines(),
         Chart(
             "Made and broken",
-            "Per second, with those that could not be prewarmed. Links break when a worker ends; "
-            "without that, look at the network.",
+            "Per second, with those that could not be prewarmed, and those whose ends do not go "
+            "together. Links break when a worker ends; without that, look at the network.",
             "short",
             [
                 (name, rate(f"antiphon_handoff_{metric}_total", where=WORKERS))
                 for name, metric in (
                     ("made", "links_made"),
                     ("broken", "links_broken"),
+                    ("refused", "links_refused"),
                     ("not prewarmed", "prewarm_failures"),
                 )
             ],

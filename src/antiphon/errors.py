@@ -121,7 +121,20 @@ class LinkBrokenError(HandoffError):
 
 
 class LayoutMismatchError(HandoffError):
-    """Sender and receiver disagree about the model, the KV layout or the protocol."""
+    """Sender and receiver disagree about the model, the KV layout or the protocol.
+
+    Args:
+        reason: About what: version, model, layout or dtype; fit for a metric's label.
+        message: The same in words.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.message)
 
 
 class SegmentRejectedError(HandoffError):

@@ -165,6 +165,7 @@ class Prefill(_Message, frozen=True):
     first_token: int
     link: LinkOffer
     trace: TraceContext | None = None  # of a request that is sampled
+    wanted_by: str = ""  # the request's id on the decode worker, for logs
 
 
 class PrefillPool(_Message, frozen=True):

@@ -84,7 +84,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.role = role
         self._spans = self.counter(
-            "antiphon_trace_spans", "Spans of this process that ended.", "outcome"
+            "antiphon_trace_spans",
+            "Spans of this process that ended.",
+            "outcome",
+            values=("exported", "failed", "dropped"),
         )
 
     def counter(

@@ -114,7 +114,9 @@ def test_one_trace_goes_through_both_pools(collector: Collector) -> None:
     for before, after in pairwise(phases):
         assert abs(after.began_ns - before.ended_ns) < 1_000  # rounding
     assert [span.name for span in collector.below(prefill)][:2] == ["queue", "compute"]
-    assert collector.one("transfer", antiphon__num_bytes=pytest.approx(1, abs=1e12))
+    num_bytes = (len(PROMPT) - 1) * workers["decode"].card.wire_bytes_per_token
+    assert collector.one("transfer", antiphon__num_bytes=num_bytes).parent_id == prefill.span_id
+    assert {span.trace_state for span in spans} == {"vendor=x"}
     page = (Path(__file__).parents[2] / "docs/tracing.md").read_text()
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     listed = {name for row in rows for name in re.findall("`([^`]+)`", row)}

@@ -6,6 +6,7 @@ take most of a minute.
 """
 
 import asyncio
+import re
 from pathlib import Path
 
 import aiohttp
@@ -14,6 +15,7 @@ from dashboard_queries import alerts, panel_queries, rules
 from monitored_faults import Faults, lose_colocated
 from monitored_system import MonitoredSystem
 from prometheus_server import Prometheus, prometheus
+from readme_metrics import metric_labels
 
 JOB = "antiphon"  # of the documented scrape configuration
 INTERVAL = "10s"  # for $__rate_interval
@@ -60,6 +62,16 @@ async def every_query_finds_something(server: Prometheus) -> None:
         await asyncio.sleep(0.5)
 
 
+async def labels_have_the_words_of_the_readme(server: Prometheus) -> None:
+    """After all those faults; other labels are those of the target, or name a worker."""
+    listed = metric_labels()
+    for sample in await server.query('{__name__=~"antiphon_.+"}'):
+        name = sample["metric"]["__name__"]
+        base = name if name in listed else re.sub("_(bucket|sum|count)$", "", name)
+        for label, words in listed[base].items():
+            assert words is None or sample["metric"][label] in words, sample
+
+
 async def every_process_is_a_target_once(server: Prometheus, system: MonitoredSystem) -> None:
     async def is_complete() -> bool:
         targets = await server.targets()
@@ -89,6 +101,7 @@ async def scenario(folder: Path) -> None:
             names = {rule["alert"] for rule in alerts()}
             await watch.wait_for(names - LOST - HANGING - DOWN - LEFT_TO_PROMTOOL)
             await every_query_finds_something(server)
+            await labels_have_the_words_of_the_readme(server)
             await lose_colocated(system)
             await watch.wait_for(LOST)
             faults.hang(system)

@@ -30,6 +30,7 @@ class Received:
     status: str
     attributes: dict[str, Any]
     resource: dict[str, Any]
+    trace_state: str = ""
 
     def holds(self, other: "Received") -> bool:
         """Whether another span lies inside this one, by the clocks of their processes."""
@@ -114,6 +115,7 @@ def _received(span: Any, resource: dict[str, Any]) -> Received:
         status=_STATUS[span.status.code],
         attributes=_attributes(span.attributes),
         resource=resource,
+        trace_state=span.trace_state,
     )
 
 

@@ -1,4 +1,4 @@
-"""Times and rates of a hand-off mean what they say: each delay is seen where it is, and only there."""
+"""Times and rates of a hand-off mean what they say: a delay is seen where it is, and only there."""
 
 import asyncio
 import time
@@ -39,7 +39,7 @@ async def hand_off(
     prompt: Sequence[int] = PROMPT,
     **hooks: Any,
 ) -> tuple[Worker, Worker]:
-    """Two workers between which a prompt in chunks of 16 tokens has gone, and a short one before."""
+    """Two workers between which a prompt has gone in chunks of 16 tokens, and one before it."""
     model, network = tiny_model("llama"), MemoryNetwork()
     prefill = await start(
         Role.PREFILL,

@@ -1,20 +1,25 @@
 """What the two ends of a hand-off count.
 
-How long a segment is on its way only its sender sees, from putting it on the link until the receiver
-has taken it; to the receiver it is there all at once. So a receiver is told how long the segments of
-a complete transfer took (``HandoffReceiver.carried``). A segment that lands while the next one is
-gathered is noticed when that is done: where copying is slower than the link, the link looks as slow.
+How long a segment is on its way only its sender sees, from putting it on the link until the
+receiver has taken it; to the receiver it is there all at once. So a receiver is told how long the
+segments of a complete transfer took (``HandoffReceiver.carried``). A segment that lands while the
+next one is gathered is noticed when that is done: where copying is slower than the link, the link
+looks as slow.
 """
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 DISCARD_REASONS = (
     "unknown_transfer", "duplicate", "stale_epoch", "wrong_link",
     "checksum", "size", "range", "kind",
 )  # fmt: skip
+REFUSAL_REASONS = ("version", "model", "layout", "dtype", "stranger")
+PREWARM_REASONS = ("unreachable", "no_link", "no_answer", "refused", "broken")
+_BY_REASON = ("discarded_segments", "refused_links", "failed_prewarms")
 
 
 @dataclass(slots=True)
@@ -28,9 +33,11 @@ class HandoffCounters:
     landing_seconds: float = 0.0  # receiver: segments were checked and written to the cache
     transfers: int = 0  # complete
     discarded_segments: dict[str, int] = field(default_factory=dict)  # by DISCARD_REASONS
+    refused_links: dict[str, int] = field(default_factory=dict)  # by REFUSAL_REASONS
+    failed_prewarms: dict[str, int] = field(default_factory=dict)  # by PREWARM_REASONS
     links_made: int = 0
     prewarmed_links: int = 0  # of those, made before a transfer wanted them
-    broken_links: int = 0  # that had been connected, and were not closed by this worker
+    broken_links: int = 0  # that had been connected, and were neither refused nor closed here
     staging_bytes: int = 0  # held now
 
 
@@ -52,12 +59,18 @@ class LinkCounts:
 def total(counters: Iterable[HandoffCounters]) -> HandoffCounters:
     """Add up what several ends have counted."""
     counted = list(counters)
-    discarded: Counter[str] = Counter()
-    for each in counted:
-        discarded.update(each.discarded_segments)
-    names = [name for name in HandoffCounters.__slots__ if name != "discarded_segments"]
-    sums = {name: sum(getattr(each, name) for each in counted) for name in names}
-    return HandoffCounters(**sums, discarded_segments=dict(discarded))
+    sums: dict[str, Any] = {}
+    for name in HandoffCounters.__slots__:
+        values = [getattr(each, name) for each in counted]
+        sums[name] = _added(values) if name in _BY_REASON else sum(values)
+    return HandoffCounters(**sums)
+
+
+def _added(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    added: Counter[str] = Counter()
+    for each in counts:
+        added.update(each)
+    return dict(added)
 
 
 class Tally:
@@ -66,7 +79,7 @@ class Tally:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = HandoffCounters()
-        self._discarded: Counter[str] = Counter()
+        self._by_reason = {name: Counter[str]() for name in _BY_REASON}
 
     def sent(self, num_bytes: int, seconds: float) -> None:
         """Count a segment that the peer took."""
@@ -95,7 +108,17 @@ class Tally:
     def discarded(self, reason: str) -> None:
         """Count a message that was thrown away."""
         with self._lock:
-            self._discarded[reason] += 1
+            self._by_reason["discarded_segments"][reason] += 1
+
+    def refused_link(self, reason: str) -> None:
+        """Count a link whose ends do not go together."""
+        with self._lock:
+            self._by_reason["refused_links"][reason] += 1
+
+    def prewarm_failed(self, reason: str) -> None:
+        """Count a link that could not be made before a transfer wanted it."""
+        with self._lock:
+            self._by_reason["failed_prewarms"][reason] += 1
 
     def link_made(self, *, is_prewarmed: bool) -> None:
         """Count a link whose ends have greeted each other."""
@@ -117,4 +140,5 @@ class Tally:
         """The counts so far."""
         with self._lock:
             values = {name: getattr(self._counts, name) for name in HandoffCounters.__slots__}
-            return HandoffCounters(**{**values, "discarded_segments": dict(self._discarded)})
+            by_reason = {name: dict(counts) for name, counts in self._by_reason.items()}
+            return HandoffCounters(**{**values, **by_reason})

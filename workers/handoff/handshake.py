@@ -11,7 +11,12 @@ import contextlib
 
 import torch
 
-from antiphon.errors import LayoutMismatchError, LinkBrokenError, SegmentRejectedError
+from antiphon.errors import (
+    HandoffError,
+    LayoutMismatchError,
+    LinkBrokenError,
+    SegmentRejectedError,
+)
 from antiphon.workers.handoff.segment import (
     HEADER_BYTES,
     HEADER_VERSION,
@@ -54,6 +59,13 @@ def answer(link: Link, wire: WireFormat, epochs: Epochs, timeout_seconds: float)
     _say(link, wire, epochs).wait(timeout_seconds)
 
 
+def refusal_reason(error: HandoffError) -> str | None:
+    """Under what a link counts as refused that ended before its handshake did; None if it broke."""
+    if isinstance(error, LayoutMismatchError):
+        return error.reason
+    return "stranger" if isinstance(error, SegmentRejectedError) else None
+
+
 def _say(link: Link, wire: WireFormat, epochs: Epochs) -> Pending:
     description = as_tensor(wire.describe())
     header = Header(
@@ -72,8 +84,9 @@ def _hear(link: Link, epochs: Epochs, peer: str, timeout_seconds: float) -> byte
     version = peer_version(raw)
     if version not in (None, HEADER_VERSION):
         raise LayoutMismatchError(
+            "version",
             f"{peer} speaks version {version} of the hand-off, this worker version "
-            f"{HEADER_VERSION}: run the same release in both pools"
+            f"{HEADER_VERSION}: run the same release in both pools",
         )
     header = Header.unpack(raw)
     if header.kind is not Kind.HELLO or header.num_payload_bytes > _MAX_DESCRIPTION_BYTES:

@@ -21,12 +21,12 @@ from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.incoming import Incoming
+from antiphon.workers.handoff.link_log import LinkLog
 from antiphon.workers.handoff.receiver_link import ReceiverLimits, ReceiverLink
 from antiphon.workers.handoff.segment import SenderAccount
+from antiphon.workers.handoff.watchdog import Watchdog
 
 __all__ = ["HandoffReceiver", "ReceiverLimits"]
-
-_IDLE_SECONDS = 60.0  # an idle watchdog looks around this often, though it is always notified
 
 OnComplete = Callable[[str, int, HandoffError | None], None]
 
@@ -52,9 +52,11 @@ class HandoffReceiver:
         self._links: dict[str, ReceiverLink] = {}
         self._current: dict[str, ReceiverLink] = {}  # by peer, least recently offered first
         self.tally = Tally()
+        self.log = LinkLog()
         self._closed = False
-        self._watchdog = threading.Thread(target=self._watch, name="handoff-watchdog", daemon=True)
-        self._watchdog.start()
+        self._watchdog = Watchdog(
+            self._changed, self._transfers, limits.timeout_seconds, self._overdue
+        )
 
     def offer(self, peer_incarnation: str, peer_name: str = "") -> LinkOffer:
         """Say how a prefill worker reaches this one; a fresh link after a break.
@@ -133,6 +135,7 @@ class HandoffReceiver:
         offer = self.offer(peer_incarnation, peer_name)
         with self._lock:
             if link := self._links.get(offer.link_id):
+                link.is_prewarm = True
                 link.ensure_started()
         return offer
 
@@ -155,8 +158,11 @@ class HandoffReceiver:
         """Offer another link from now on: the peer may hang. Transfers on this one go on."""
         with self._lock:
             link = self._links.get(link_id)
-            if link is not None and self._current.get(link.peer_incarnation) is link:
-                del self._current[link.peer_incarnation]
+            if link is None or self._current.get(link.peer_incarnation) is not link:
+                return
+            del self._current[link.peer_incarnation]
+        if num_bytes := link.staging_bytes:
+            self.log.quarantined(link.counts.peer, link_id, num_bytes)
 
     def leave(self, peer_incarnation: str) -> None:
         """Give up the idle links of a lost peer: where its packets vanish, nothing breaks them."""
@@ -168,13 +174,7 @@ class HandoffReceiver:
             link.close()
 
     def carried(self, peer_incarnation: str, num_bytes: int, seconds: float) -> None:
-        """Count what a peer says of a complete transfer; on the event loop.
-
-        Args:
-            peer_incarnation: Of the sender.
-            num_bytes: Of payload.
-            seconds: How long it was on its way over the link, as only its sender can see.
-        """
+        """Count a transfer's payload, and how long it was on its way, as its sender says."""
         self.tally.carried(seconds)
         with self._lock:
             links = [self._current.get(peer_incarnation), *self._links.values()]
@@ -216,7 +216,7 @@ class HandoffReceiver:
         with self._lock:
             self._closed = True
             links = list(self._links.values())
-            self._changed.notify_all()
+            self._watchdog.stop()
         for link in links:
             link.close()
         self._endpoint.transport.close()
@@ -247,15 +247,13 @@ class HandoffReceiver:
             self._forget(transfer)
             self._on_complete(transfer.transfer_id, transfer.num_received, error)
 
-    def link_ended(self, link: ReceiverLink, error: HandoffError, was_connected: bool) -> None:
+    def link_ended(self, link: ReceiverLink, error: HandoffError) -> None:
         """Forget a link and fail its transfers."""
         with self._lock:
             self._links.pop(link.link_id, None)
             if self._current.get(link.peer_incarnation) is link:
                 del self._current[link.peer_incarnation]
             ended = list(link.transfers.values())
-        if was_connected and not link.is_closing:
-            self.tally.broken_link()
         self._endpoint.transport.refuse(link.link_id)
         for transfer in ended:
             self.end(transfer, error)
@@ -294,22 +292,7 @@ class HandoffReceiver:
         if unused is not None:
             unused.close()
 
-    def _watch(self) -> None:
-        while (transfer := self._next_overdue()) is not None:
-            self.retire(transfer.link_id)
-            timeout = self.limits.timeout_seconds
-            self.end(transfer, HandoffError(f"{transfer.progress} in {timeout} s; timed out"))
-
-    def _next_overdue(self) -> Incoming | None:
-        """Wait for a transfer to run out of time; None when closing."""
-        with self._changed:
-            while not self._closed:
-                oldest = next(iter(self._transfers.values()), None)
-                wait_seconds = _IDLE_SECONDS
-                if oldest is not None:
-                    deadline = oldest.began + self.limits.timeout_seconds
-                    wait_seconds = deadline - time.monotonic()
-                    if wait_seconds <= 0:
-                        return oldest
-                self._changed.wait(min(wait_seconds, _IDLE_SECONDS))
-        return None
+    def _overdue(self, transfer: Incoming) -> None:
+        self.retire(transfer.link_id)
+        timeout = self.limits.timeout_seconds
+        self.end(transfer, HandoffError(f"{transfer.progress} in {timeout} s; timed out"))

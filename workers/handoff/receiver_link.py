@@ -20,7 +20,7 @@ from antiphon.errors import HandoffError, LinkBrokenError, SegmentRejectedError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import LinkCounts
 from antiphon.workers.handoff.endpoint import Endpoint
-from antiphon.workers.handoff.handshake import answer
+from antiphon.workers.handoff.handshake import answer, refusal_reason
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.segment import Epochs, Header, Kind, as_bytes
 from antiphon.workers.handoff.staging import Frame, Staging
@@ -62,6 +62,7 @@ class ReceiverLink:
         self.counts = LinkCounts(peer_name or self.peer_incarnation, "received")
         self.transfers: dict[str, Incoming] = {}  # guarded by the receiver's lock
         self.is_closing = False
+        self.is_prewarm = False  # until a transfer wants it, nobody else hears of its failure
         self._endpoint = endpoint
         self._receiver = receiver
         self._epochs = Epochs.of(self.peer_incarnation, endpoint.incarnation)
@@ -70,6 +71,7 @@ class ReceiverLink:
         )
         self._lock = threading.Lock()
         self._link: Link | None = None
+        self._has_greeted = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -122,6 +124,7 @@ class ReceiverLink:
                     self._epochs,
                     self._receiver.limits.io_timeout_seconds,
                 )
+                self._has_greeted = True
                 self._receiver.tally.link_made(is_prewarmed=not self.transfers)
                 self._read(link)
         except HandoffError as broken:
@@ -132,7 +135,24 @@ class ReceiverLink:
         if self._link is not None:
             self._link.close()
         self._staging.release()
-        self._receiver.link_ended(self, error, was_connected=self._link is not None)
+        if not self.is_closing:
+            self._account_for(error)
+        self._receiver.link_ended(self, error)
+
+    def _account_for(self, error: HandoffError) -> None:
+        """Count and log the end of a link that nobody here has closed."""
+        tally, log, peer = self._receiver.tally, self._receiver.log, self.counts.peer
+        refused = None if self._has_greeted else refusal_reason(error)
+        transfer_ids = tuple(self.transfers)
+        if refused is not None:
+            tally.refused_link(refused)
+            log.refused(peer, self.link_id, refused, error)
+        else:
+            if self._link is not None:
+                tally.broken_link()
+            log.broke(peer, self.link_id, error, transfer_ids)
+        if self.is_prewarm and not self._has_greeted and not transfer_ids:
+            tally.prewarm_failed("broken" if refused is None else "refused")
 
     def _accept(self) -> Link | None:
         """Wait for the sender for as long as transfers are expected from it."""
@@ -143,6 +163,7 @@ class ReceiverLink:
                 )
             except TimeoutError:
                 if self._receiver.forget_if_idle(self):
+                    self._give_up_waiting()
                     return None
                 continue
             with self._lock:
@@ -150,6 +171,13 @@ class ReceiverLink:
                 if self.is_closing:
                     raise LinkBrokenError("the link was closed by this worker")
             return link
+
+    def _give_up_waiting(self) -> None:
+        """Nobody has connected, and no transfer wants it any more."""
+        if self.is_prewarm and not self.is_closing:
+            self._receiver.tally.prewarm_failed("no_answer")
+            self._receiver.log.not_prewarmed(self.counts.peer, self.link_id)
+        self.is_closing = True
 
     def _read(self, link: Link) -> None:
         """Receive and deliver messages until the link breaks."""
@@ -189,7 +217,7 @@ class ReceiverLink:
         transfer = self._receiver.find(header.transfer_id.hex())
         reason = self._reason_to_discard(header, transfer)
         if transfer is None or reason is not None:
-            self._receiver.tally.discarded(reason or "unknown_transfer")
+            self._discard(header, reason or "unknown_transfer")
             return
         try:
             if header.kind is Kind.DATA:
@@ -204,6 +232,7 @@ class ReceiverLink:
                 raise SegmentRejectedError("kind: a handshake in the middle of a transfer")
         except SegmentRejectedError as error:
             self._receiver.tally.discarded(str(error).partition(":")[0])
+            self._receiver.log.rejected(self.counts.peer, transfer.transfer_id, error)
             self._receiver.end(transfer, error)
 
     def _write(self, header: Header, payload: Tensor, transfer: Incoming) -> None:
@@ -219,4 +248,8 @@ class ReceiverLink:
         if discarded is None:
             self._receiver.tally.segment(payload.numel(), time.perf_counter() - began)
         else:
-            self._receiver.tally.discarded(discarded)
+            self._discard(header, discarded)
+
+    def _discard(self, header: Header, reason: str) -> None:
+        self._receiver.tally.discarded(reason)
+        self._receiver.log.discarded(self.counts.peer, header.transfer_id.hex(), reason)

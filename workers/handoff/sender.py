@@ -16,6 +16,7 @@ from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
+from antiphon.workers.handoff.link_log import LinkLog
 from antiphon.workers.handoff.outgoing import NOT_TOLD, Computed, Outgoing
 from antiphon.workers.handoff.segment import MAX_PAYLOAD_BYTES
 from antiphon.workers.handoff.sender_link import SenderLimits, SenderLink
@@ -52,6 +53,7 @@ class HandoffSender:
         self._transfers: dict[str, SenderLink] = {}
         self._streams = streams_for(endpoint.store.device)
         self._tally = Tally()
+        self._log = LinkLog()
         self._closed = False
 
     def open(self, transfer_id: str, offer: LinkOffer, first_token: int) -> None:
@@ -174,7 +176,7 @@ class HandoffSender:
             raise LinkBrokenError("this worker's hand-off sender is closed")
 
     def _new_link(self, offer: LinkOffer) -> SenderLink:
-        link = SenderLink(self._endpoint, self._limits, offer, self._tally)
+        link = SenderLink(self._endpoint, self._limits, offer, self._tally, self._log)
         link.start(self._lock, self._end)
         return link
 

@@ -20,7 +20,8 @@ from antiphon.errors import HandoffError, LinkBrokenError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
-from antiphon.workers.handoff.handshake import greet
+from antiphon.workers.handoff.handshake import greet, refusal_reason
+from antiphon.workers.handoff.link_log import LinkLog
 from antiphon.workers.handoff.outgoing import (
     BusyClock,
     Computed,
@@ -74,7 +75,12 @@ class SenderLink:
     """Made on first use, broken by the first error."""
 
     def __init__(
-        self, endpoint: Endpoint, limits: SenderLimits, offer: LinkOffer, tally: Tally
+        self,
+        endpoint: Endpoint,
+        limits: SenderLimits,
+        offer: LinkOffer,
+        tally: Tally,
+        log: LinkLog,
     ) -> None:
         self.offer = offer
         self.is_left = False  # guarded by the sender's lock: to be closed once it is idle
@@ -90,6 +96,7 @@ class SenderLink:
             block_size=endpoint.store.block_size,
         )
         self._tally = tally
+        self._log = log
         place = endpoint.transport.place
         self._staging = Staging(endpoint.store, place, tally.staging_resized)
         self._epochs = Epochs.of(endpoint.incarnation, offer.receiver_incarnation)
@@ -167,10 +174,23 @@ class SenderLink:
             error.__cause__ = unexpected
         if self._link is not None:
             self._link.close()
-        if greeted and not self._closing:
-            self._tally.broken_link()
+        if not self._closing:
+            self._account_for(error, None if greeted else refusal_reason(error), greeted)
         self._staging.release()
         self._on_end(self, None, error)
+
+    def _account_for(self, error: HandoffError, refused: str | None, greeted: bool) -> None:
+        """Count and log the end of a link that nobody here has closed."""
+        link_id, peer = self.offer.link_id, self.counts.peer
+        if refused is not None:
+            self._tally.refused_link(refused)
+            self._log.refused(peer, link_id, refused, error)
+            return
+        if greeted:
+            self._tally.broken_link()
+        with self._changed:
+            transfer_ids = tuple(self.transfers)
+        self._log.broke(peer, link_id, error, transfer_ids)
 
     def _connect(self) -> Link:
         offer = self.offer

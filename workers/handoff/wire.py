@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from antiphon.errors import LayoutMismatchError
 
 WIRE_VERSION = 1
+# What a difference counts as; the first that applies, and otherwise as one of the layout.
+_REASONS = {"wire version": "version", "model fingerprint": "model"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +53,25 @@ class WireFormat:
         try:
             theirs = dict(json.loads(description))
         except (ValueError, TypeError):
-            raise LayoutMismatchError(f"{peer} sent no readable wire format") from None
+            message = f"{peer} sent no readable wire format"
+            raise LayoutMismatchError("version", message) from None
+        names = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
         differences = [
             f"{name} is {_shorten(ours.get(name))} here and {_shorten(theirs.get(name))} there"
-            for name in sorted(ours.keys() | theirs.keys())
-            if ours.get(name) != theirs.get(name)
+            for name in sorted(names)
         ]
         raise LayoutMismatchError(
+            _reason(names),
             f"{peer} has another KV layout: {'; '.join(differences)}. "
-            "Prefill and decode workers must serve the same model with the same handoff.wire_dtype"
+            "Prefill and decode workers must serve the same model with the same handoff.wire_dtype",
         )
+
+
+def _reason(names: set[str]) -> str:
+    for name, reason in _REASONS.items():
+        if name in names:
+            return reason
+    return "dtype" if names == {"wire dtype"} else "layout"
 
 
 def _shorten(value: object, max_chars: int = 80) -> str:

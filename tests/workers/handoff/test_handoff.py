@@ -160,7 +160,7 @@ def test_a_restarted_sender_is_a_stranger(pair):
 
 def test_a_sender_lets_go_of_links_that_are_not_offered_any_more(pair):
     first = pair.transfer(SOURCE, TARGET, 0, 4)
-    assert pair.next_completed()[0] == first
+    assert pair.next_completed()[0] == pair.next_done()[0] == first
     pair.receiver.retire(pair.receiver.offer("prefill-1").link_id)  # as when the peer seems to hang
     second = pair.transfer(SOURCE, TARGET, 4, 8)
     assert pair.next_completed() == (second, 4, None)
