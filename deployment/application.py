@@ -1,7 +1,8 @@
 """The Serve application: an ingress over pools of workers.
 
-    serve run config.yaml       (import_path: antiphon.deployment.application:app, args: ...)
-    serve deploy config.yaml
+    antiphon config serve pools.yaml > serve.yaml
+    serve run serve.yaml        (import_path: antiphon.deployment.application:app, args: ...)
+    serve deploy serve.yaml
 
 Serve owns the replicas: placement, health, restarts, scaling, updates. It does not carry requests
 to the workers: an ingress finds them through ``record_replica_metadata`` and talks to them
@@ -23,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from antiphon.config import AntiphonConfig, PoolConfig
 from antiphon.config_loading import parse_config
+from antiphon.deployment.serve_document import INGRESS_NAME
 from antiphon.messages import Role
 from antiphon.router.discovery import pack_card
 from antiphon.router.serve_discovery import ROUTER_CLASS
@@ -30,7 +32,6 @@ from antiphon.tracing import effective
 
 logger = logging.getLogger(__name__)
 
-INGRESS_NAME = "ingress"
 _HEALTH_PERIOD_SECONDS = 5.0
 # Requests reach workers over sessions, so Serve sees none of them as ongoing: a worker that is to
 # stop drains itself, and Serve forces it after this much more. Handing over takes up to 5 s if a
@@ -147,7 +148,7 @@ class AppArguments(AntiphonConfig):
 
 
 def app(args: AppArguments) -> serve.Application:
-    """Build the application from its configuration."""
+    """Build the application from its configuration; ``deployments`` of Serve's file go over it."""
     config = args.model_dump(mode="json")
     pools = {
         role: _pool_deployment(role, pool).bind(role, config) for role, pool in args.pools.items()

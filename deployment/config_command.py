@@ -1,22 +1,25 @@
-"""``antiphon config``: check a configuration, and show what it comes to with its defaults."""
+"""``antiphon config``: check a configuration, show its defaults, and turn it into Serve's file."""
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import yaml
 
 from antiphon.config import AntiphonConfig
+from antiphon.config_loading import read_yaml
 from antiphon.deployment.config_document import check_documents, find_documents, summary
+from antiphon.deployment.serve_document import serve_document
 from antiphon.errors import ConfigError
 
 config_app = typer.Typer(no_args_is_help=True)
 _FILE_HELP = "A file for antiphon serve --config, a Serve config file, or values of the chart."
+_DOCUMENT_HELP = "A file for antiphon serve --config."
 
 
 @config_app.callback()
 def main() -> None:
-    """Check a configuration file, or show it with all defaults."""
+    """Check a configuration file, show it with all defaults, or turn it into Serve's."""
 
 
 @config_app.command()
@@ -38,7 +41,19 @@ def show(
     found = _read(file) if file is not None else [("", AntiphonConfig())]
     if len(found) > 1:
         _fail(f"{file}: holds {len(found)} configurations; show needs one")
-    document = found[0][1].model_dump(mode="json")
+    _print(found[0][1].model_dump(mode="json"))
+
+
+@config_app.command()
+def serve(file: Annotated[Path, typer.Argument(help=_DOCUMENT_HELP)]) -> None:
+    """Print what serve deploy takes, with sizes where a change of them restarts nothing."""
+    try:
+        _print(serve_document(read_yaml(file)))
+    except ConfigError as error:
+        _fail(str(error))
+
+
+def _print(document: dict[str, Any]) -> None:
     typer.echo(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), nl=False)
 
 

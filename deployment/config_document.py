@@ -2,7 +2,8 @@
 
     file of                    holds the document
     antiphon serve --config    as it is
-    serve run, serve deploy    as ``args`` of each application whose import path is ours
+    serve run, serve deploy    as ``args`` and ``deployments`` of each application whose import path
+                               is ours
     the chart                  as ``config``
 
 Neither ``applications`` nor ``config`` is a key of the document, so the file says what it is.
@@ -15,9 +16,9 @@ from typing import Any
 
 from antiphon.config import AntiphonConfig, PoolConfig
 from antiphon.config_loading import parse_config, read_yaml
+from antiphon.deployment.serve_document import IMPORT_PATH, configuration_of
 from antiphon.errors import ConfigError
 
-IMPORT_PATH = "antiphon.deployment.application:app"
 _CHART_KEYS = "/etc/antiphon/api-keys"  # where its pods have the file of API keys
 
 
@@ -73,10 +74,8 @@ def _of_applications(path: Path, applications: Any) -> list[Document]:
     ]
     if not ours:
         raise ConfigError(f"{path}: applications: none has import_path {IMPORT_PATH}")
-    return [
-        Document(f"{path}: applications.{index}.args", application.get("args"))
-        for index, application in ours
-    ]
+    origins = [(f"{path}: applications.{index}", application) for index, application in ours]
+    return [Document(f"{o}.args", configuration_of(a, o)) for o, a in origins]
 
 
 def check_documents(documents: Iterable[Document]) -> list[tuple[Document, AntiphonConfig]]:

@@ -194,7 +194,7 @@ def _finish_open_requests(seconds: float, hurry: threading.Event) -> None:
     """Refuse new requests and wait for open ones; on return none is open."""
     from ray import serve
 
-    from antiphon.deployment.application import INGRESS_NAME
+    from antiphon.deployment.serve_document import INGRESS_NAME
 
     typer.echo(f"finishing open requests, for {seconds:.0f} s at most; once more ends them now")
     try:
@@ -244,7 +244,7 @@ def _workers() -> list[dict[str, Any]]:
     """What ``/workers`` answers, asked for by a way that needs no API key."""
     from ray import serve
 
-    from antiphon.deployment.application import INGRESS_NAME
+    from antiphon.deployment.serve_document import INGRESS_NAME
 
     ingress = serve.get_deployment_handle(INGRESS_NAME, APP_NAME)
     workers: list[dict[str, Any]] = ingress.list_workers.remote().result(timeout_s=_ANSWER_SECONDS)

@@ -1,5 +1,6 @@
 """``antiphon config``: three kinds of files, summaries, all problems at once, exit codes."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ from typer.testing import CliRunner, Result
 from antiphon.config import AntiphonConfig
 from antiphon.config_loading import parse_config
 from antiphon.deployment.cli import app
-from antiphon.deployment.config_document import IMPORT_PATH
+from antiphon.deployment.serve_document import IMPORT_PATH, serve_document
+
+with warnings.catch_warnings():
+    # Importing ray.serve uses pydantic in a way that pydantic deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from ray.serve.schema import ServeDeploySchema
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = {
@@ -132,6 +138,61 @@ def test_show_wants_one_configuration(tmp_path: Path) -> None:
     result = run(tmp_path, "show", serve_config({}, {}))
     assert result.exit_code == 1
     assert "holds 2 configurations" in result.stderr
+
+
+def test_sizes_stand_where_serve_changes_them_lightly(tmp_path: Path) -> None:
+    sized = {
+        **DOCUMENT,
+        "colocated": {"replicas": 0},
+        "http": {"port": 9000, "ingress_replicas": 2},
+    }
+    result = run(tmp_path, "serve", sized)
+    assert result.exit_code == 0, result.stderr
+    document = yaml.safe_load(result.stdout)
+    (application,) = ServeDeploySchema.model_validate(document).applications
+    assert document["http_options"] == {"host": "127.0.0.1", "port": 9000}
+    assert "replicas" not in str(application.args)
+    numbers = {d.name: d.num_replicas for d in application.deployments}
+    assert numbers == {"prefill": 2, "decode": 1, "ingress": 2}
+    shown = run(tmp_path, "show", document)
+    assert parse_config(yaml.safe_load(shown.stdout)) == parse_config(sized)
+
+
+def test_arguments_are_the_same_for_every_size_however_it_is_said() -> None:
+    def arguments(**sections: Any) -> Any:
+        return serve_document(sections)["applications"][0]["args"]
+
+    default = arguments()
+    assert default == arguments(prefill={"replicas": 4}, decode={}, colocated={"replicas": 0})
+    assert default == arguments(http={"ingress_replicas": 2})
+    assert default != arguments(colocated={"replicas": 1})
+    only = arguments(prefill={"replicas": 0}, decode={"replicas": 0}, colocated={"replicas": 2})
+    assert parse_config(only).pools.keys() == {"colocated"}
+
+
+@pytest.mark.parametrize(
+    ("deployments", "problem"),
+    [
+        ([{"name": "decod", "num_replicas": 2}], "0: no deployment 'decod'; with these args: "),
+        ([{"name": "colocated", "num_replicas": 2}], "with these args: prefill, decode, ingress"),
+        (["decode"], "0: expected a mapping, got str"),
+        ([{"name": "decode", "num_replicas": 0}], "0.num_replicas: got 0; a number from 1"),
+        ([{"name": "decode", "num_replicas": "auto"}], "0: Serve scales by its own queues"),
+        ([{"name": "ingress", "autoscaling_config": {"max_replicas": 2}}], "Serve scales by"),
+        (
+            [{"name": "prefill", "num_replicas": 3}],
+            "0.num_replicas is 3, but args.prefill.replicas is 2: leave it out of args",
+        ),
+    ],
+)
+def test_numbers_that_serve_could_not_use_are_refused(
+    tmp_path: Path, deployments: Any, problem: str
+) -> None:
+    application = {"import_path": IMPORT_PATH, "args": DOCUMENT, "deployments": deployments}
+    result = run(tmp_path, "check", {"applications": [application]})
+    assert result.exit_code == 1
+    assert "file.yaml: applications.0.deployments" in result.stderr
+    assert problem in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -136,24 +136,52 @@ def test_streams_outlive_a_killed_decode_worker(product: Product, undisturbed: l
     wait_for(lambda: len(product.workers("decode")) == 2, 60)
 
 
-@pytest.mark.parametrize("change", [signal.SIGUSR1, signal.SIGUSR2], ids=["update", "scale-down"])
-def test_changes_under_load_lose_no_request(
-    product: Product, undisturbed: list[str], change: signal.Signals
-) -> None:
-    before = product.log.read_text().count("changed")
-    incarnations = {worker["incarnation"] for worker in product.get("/workers")}
+def members(product: Product) -> dict[str, set[str]]:
+    """Incarnations of the workers, and replicas of the ingress."""
+    found: dict[str, set[str]] = {"prefill": set(), "decode": set(), "ingress": set()}
+    for target in product.get("/metrics/targets"):
+        if target["labels"]["pool"] == "ingress":
+            found["ingress"].add(target["labels"]["worker"])
+    for worker in product.get("/workers"):
+        found[worker["role"]].add(worker["incarnation"])
+    return found
+
+
+def change_under_load(
+    product: Product, undisturbed: list[str], change: signal.Signals, num_decode: int
+) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """Change the application, with streams all the time; return who served before and after."""
+    num_changes = product.log.read_text().count("changed")
+    before = members(product)
     product.process.send_signal(change)
-
-    def is_going_on() -> bool:
-        return product.log.read_text().count("changed") == before
-
-    texts, load = rounds_while(product, is_going_on)
+    texts, load = rounds_while(
+        product, lambda: product.log.read_text().count("changed") == num_changes
+    )
     assert not load.problems
     assert all(one == undisturbed for one in texts)
-    after = {worker["incarnation"] for worker in product.get("/workers")}
-    assert not after & incarnations, "every worker was replaced"
-    assert len(product.workers("decode")) == (2 if change is signal.SIGUSR1 else 1)
     assert len(texts) > 1, "nothing was sent while the application changed"
+    wait_for(lambda: len(product.workers("decode")) == num_decode, 30)
+    return before, members(product)
+
+
+def test_other_arguments_replace_everybody_and_no_request_is_lost(
+    product: Product, undisturbed: list[str]
+) -> None:
+    before, after = change_under_load(product, undisturbed, signal.SIGUSR1, num_decode=2)
+    assert not any(after[pool] & before[pool] for pool in before)
+
+
+@pytest.mark.parametrize(("num_decode", "num_ingresses"), [(3, 2), (1, 1)])
+def test_other_sizes_restart_nobody_and_no_request_is_lost(
+    product: Product, undisturbed: list[str], num_decode: int, num_ingresses: int
+) -> None:
+    """After the update: Serve's first document replaces whom the command has started."""
+    before, after = change_under_load(product, undisturbed, signal.SIGUSR2, num_decode)
+    assert after["prefill"] == before["prefill"]
+    for pool, size in (("decode", num_decode), ("ingress", num_ingresses)):
+        fewer, more = sorted((before[pool], after[pool]), key=len)
+        assert fewer < more
+        assert len(after[pool]) == size
 
 
 def test_nothing_is_left_on_the_workers(product: Product) -> None:

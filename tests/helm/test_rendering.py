@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from helm_chart import Helm, objects, only, serve_config
 
 from antiphon.config import AntiphonConfig
 from antiphon.config_loading import parse_config
+from antiphon.deployment.config_document import documents_in, parse
+from antiphon.deployment.serve_document import serve_document
 
 with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.
@@ -31,10 +34,11 @@ def groups(rendered: str) -> dict[str, dict[str, Any]]:
 
 
 def arguments(rendered: str) -> AntiphonConfig:
-    """The configuration that the application gets."""
-    (application,) = ServeDeploySchema.model_validate(serve_config(rendered)).applications
-    assert application.import_path == "antiphon.deployment.application:app"
-    return parse_config(application.args)
+    """The configuration that the application gets, with the sizes that Serve gives it."""
+    document = serve_config(rendered)
+    ServeDeploySchema.model_validate(document)
+    (found,) = documents_in(document, Path("serve.yaml"))
+    return parse(found)
 
 
 def test_examples_are_configurations_of_serve_and_of_antiphon(rendered: str) -> None:
@@ -48,6 +52,37 @@ def test_the_configuration_is_passed_through(helm: Helm, config: dict[str, Any])
         expected[role]["resources"] = {**section.resources, f"antiphon_{role}": 1}
     expected["http"]["resources"] = {"antiphon_ingress": 0.001}
     assert arguments(helm.render(overrides={"config": config})).model_dump() == expected
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_serve_gets_what_config_serve_makes_of_the_completed_configuration(
+    helm: Helm, config: dict[str, Any]
+) -> None:
+    (application,) = serve_config(helm.render(overrides={"config": config}))["applications"]
+    completed = {**config, "http": {**config.get("http", {}), "resources": {}}}
+    completed["http"]["resources"] = {"antiphon_ingress": 0.001}
+    for role, pool in parse_config(config).pools.items():
+        places = {f"antiphon_{role}": 1, **pool.resources}
+        completed[role] = {**config.get(role, {}), "replicas": pool.replicas, "resources": places}
+    assert [application] == serve_document(completed)["applications"]
+
+
+def test_other_sizes_leave_the_arguments_as_they_are(helm: Helm) -> None:
+    """Serve replaces every worker when they change."""
+
+    def application(**replicas: int) -> dict[str, Any]:
+        config: dict[str, Any] = {role: {"replicas": n} for role, n in replicas.items()}
+        config["http"] = {"ingress_replicas": replicas["prefill"]}
+        (found,) = serve_config(helm.render(overrides={"config": config}))["applications"]
+        return dict(found)
+
+    small = application(prefill=1, decode=1, colocated=0)
+    (default,) = serve_config(helm.render())["applications"]
+    large = application(prefill=3, decode=2, colocated=0)
+    assert small == default
+    assert large["args"] == default["args"]
+    numbers = {"prefill": 3, "decode": 2, "ingress": 3}
+    assert large["deployments"] == [{"name": n, "num_replicas": k} for n, k in numbers.items()]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

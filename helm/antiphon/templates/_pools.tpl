@@ -49,20 +49,29 @@ resources: {{ $offered | toJson }}
 {{- (get .Values.config "http" | default dict).port | default 8000 | int -}}
 {{- end -}}
 
-{{/* The document that Serve deploys. */}}
+{{/* The document that Serve deploys. It restarts everything when args change, and nothing when sizes
+     do, so these stand in deployments only; `antiphon config serve` does the same. */}}
 {{- define "antiphon.serveConfig" -}}
 {{- $config := deepCopy .Values.config -}}
+{{- $deployments := list -}}
 {{- range $pool := list "prefill" "decode" "colocated" -}}
 {{- $numbers := include "antiphon.pool" (dict "root" $ "pool" $pool) | fromYaml -}}
 {{- if $numbers.workers -}}
-{{- $section := get $config $pool | default dict -}}
+{{- $section := omit (get $config $pool | default dict) "replicas" -}}
 {{- $place := dict (include "antiphon.poolResource" $pool) 1 -}}
 {{- $_ := set $section "resources" (merge $place ($section.resources | default dict)) -}}
 {{- $_ := set $config $pool $section -}}
+{{- $deployments = append $deployments (dict "name" $pool "num_replicas" (int $numbers.workers)) -}}
+{{- else if eq $pool "colocated" -}}
+{{- $_ := unset $config $pool -}}
+{{- else -}}
+{{- $_ := set $config $pool (dict "replicas" 0) -}}
 {{- end -}}
 {{- end -}}
-{{- /* Not on the head, whose loss would take it along; any number of them fits on one pod. */}}
 {{- $http := get $config "http" | default dict -}}
+{{- $deployments = append $deployments (dict "name" "ingress" "num_replicas" ($http.ingress_replicas | default 1 | int)) -}}
+{{- $http = omit $http "ingress_replicas" -}}
+{{- /* Not on the head, whose loss would take it along; any number of them fits on one pod. */}}
 {{- $_ := set $http "resources" (merge (dict "antiphon_ingress" 0.001) ($http.resources | default dict)) -}}
 {{- with include "antiphon.keyFile" . }}
 {{- $_ := set $http "api_key_file" . -}}
@@ -78,6 +87,8 @@ applications:
     import_path: antiphon.deployment.application:app
     args:
       {{- toYaml $config | nindent 6 }}
+    deployments:
+      {{- toYaml $deployments | nindent 6 }}
 {{- end -}}
 
 {{/* What the workers reserve, and what Ray's own processes and the proxy need. No limit: a throttled
