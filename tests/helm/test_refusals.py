@@ -36,6 +36,45 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"securityContext": {"userId": 0}}, "at '/securityContext/userId': minimum: got 0, want 1"),
     ({"networkPolicy": {"operatorPeers": []}}, "minItems: got 0, want 1"),
     (
+        {"config": {"handoff": {"transport": "nccl"}, "prefill": {"num_gpus": 1}}},
+        "config.handoff.transport is nccl, but config.decode.num_gpus is 0: NCCL connects GPUs",
+    ),
+    (
+        {"pools": {"decode": {"nccl": {"ibHca": "mlx5_0"}}}},
+        "pools.decode.nccl is set, but config.handoff.transport is gloo",
+    ),
+    (
+        {
+            "config": {
+                "handoff": {"transport": "nccl"},
+                "prefill": {"num_gpus": 1},
+                "decode": {"num_gpus": 1},
+            },
+            "pools": {"prefill": {"nccl": {"env": {"NCCL_IB_HCA": "mlx5_0"}}}},
+        },
+        "pools.prefill.nccl.env: NCCL_IB_HCA is what pools.prefill.nccl.ibHca sets",
+    ),
+    (
+        {"pools": {"prefill": {"nccl": {"env": {"UCX_TLS": "rc"}}}}},
+        "at '/pools/prefill/nccl/env': additional properties 'UCX_TLS' not allowed",
+    ),
+    (
+        {"pools": {"prefill": {"extraResources": {"nvidia.com/gpu": 1}}}},
+        "pools.prefill.extraResources: nvidia.com/gpu follows from config.prefill.num_gpus",
+    ),
+    (
+        {"pools": {"prefill": {"extraResources": {"rdma/hca": 0}}}},
+        "at '/pools/prefill/extraResources/rdma~1hca': minimum: got 0, want 1",
+    ),
+    (
+        {"pools": {"prefill": {"extraResources": {"cpu": 2}}}},
+        "at '/pools/prefill/extraResources': additional properties 'cpu' not allowed",
+    ),
+    (
+        {"pools": {"decode": {"hostNetwork": True}}},
+        "pools.decode.hostNetwork: network policies neither protect nor recognise",
+    ),
+    (
         {"config": {"decode": {"replicas": 0}, "colocated": {"replicas": 1}}},
         "config.prefill.replicas is 1 but config.decode.replicas is 0; prefill workers need decode",
     ),

@@ -40,7 +40,36 @@
 {{- if and .Values.modelCache.persistentVolumeClaim.existingClaim (not .Values.modelCache.persistentVolumeClaim.enabled) -}}
 {{- fail "modelCache.persistentVolumeClaim.existingClaim is set but modelCache.persistentVolumeClaim.enabled is false" -}}
 {{- end -}}
+{{- range $pool, $n := $numbers -}}
+{{- if $n.workers -}}
+{{- include "antiphon.checkNetwork" (dict "root" $ "pool" $pool "numbers" $n) -}}
+{{- end -}}
+{{- end -}}
 {{- if and .Values.networkPolicy.egress (not .Values.networkPolicy.restrictEgress) -}}
 {{- fail "networkPolicy.egress is set but networkPolicy.restrictEgress is false, so everything is allowed" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* NCCL and the network of one pool. Arguments: dict "root" $ "pool" "prefill" "numbers". */}}
+{{- define "antiphon.checkNetwork" -}}
+{{- $values := index .root.Values.pools .pool -}}
+{{- $nccl := or $values.nccl.socketIfname $values.nccl.ibHca $values.nccl.env -}}
+{{- $transport := (get .root.Values.config "handoff" | default dict).transport | default "gloo" -}}
+{{- if and (eq $transport "nccl") (not .numbers.gpus) -}}
+{{- fail (printf "config.handoff.transport is nccl, but config.%s.num_gpus is 0: NCCL connects GPUs" .pool) -}}
+{{- end -}}
+{{- if and $nccl (ne $transport "nccl") -}}
+{{- fail (printf "pools.%s.nccl is set, but config.handoff.transport is %s" .pool $transport) -}}
+{{- end -}}
+{{- range $name, $value := dict "NCCL_SOCKET_IFNAME" "socketIfname" "NCCL_IB_HCA" "ibHca" -}}
+{{- if hasKey $values.nccl.env $name -}}
+{{- fail (printf "pools.%s.nccl.env: %s is what pools.%s.nccl.%s sets" $.pool $name $.pool $value) -}}
+{{- end -}}
+{{- end -}}
+{{- if hasKey $values.extraResources $values.gpu.resource -}}
+{{- fail (printf "pools.%s.extraResources: %s follows from config.%s.num_gpus" .pool $values.gpu.resource .pool) -}}
+{{- end -}}
+{{- if and $values.hostNetwork .root.Values.networkPolicy.enabled -}}
+{{- fail (printf "pools.%s.hostNetwork: network policies neither protect nor recognise pods in the node's network, so the others would refuse them; with networkPolicy.enabled: false see to the same otherwise" .pool) -}}
 {{- end -}}
 {{- end -}}

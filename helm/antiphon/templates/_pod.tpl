@@ -36,6 +36,10 @@ spec:
   {{- with .values.gpu.runtimeClassName }}
   runtimeClassName: {{ . }}
   {{- end }}
+  {{- if .values.hostNetwork }}
+  hostNetwork: true
+  dnsPolicy: ClusterFirstWithHostNet
+  {{- end }}
   terminationGracePeriodSeconds: {{ int $root.Values.terminationGracePeriodSeconds }}
   {{- if $root.Values.autoscaling.enabled }}
   restartPolicy: Never
@@ -84,6 +88,11 @@ spec:
         {{- toYaml .ports | nindent 8 }}
       env:
         {{- include "antiphon.env" $root | nindent 8 }}
+        {{- if not $isHead }}
+        {{- with include "antiphon.nccl" .values.nccl }}
+        {{- . | nindent 8 }}
+        {{- end }}
+        {{- end }}
         {{- with concat $root.Values.env .values.env }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -97,7 +106,7 @@ spec:
             command: [antiphon, drain, --within, {{ sub $root.Values.terminationGracePeriodSeconds 10 | toString | quote }}]
       {{- end }}
       securityContext:
-        {{- include "antiphon.containerSecurity" . | nindent 8 }}
+        {{- include "antiphon.containerSecurity" .values | nindent 8 }}
       volumeMounts:
         {{- include "antiphon.mounts" $root | nindent 8 }}
         {{- if $hasKeys }}
@@ -120,6 +129,27 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
+  {{- if .ipcLock }}
+  add: [IPC_LOCK]
+  {{- end }}
+{{- end -}}
+
+{{/* Both ends of a link read these when it is made. */}}
+{{- define "antiphon.nccl" -}}
+{{- $variables := deepCopy .env -}}
+{{- with .socketIfname }}
+{{- $_ := set $variables "NCCL_SOCKET_IFNAME" . -}}
+{{- end -}}
+{{- with .ibHca }}
+{{- $_ := set $variables "NCCL_IB_HCA" . -}}
+{{- end -}}
+{{- $listed := list -}}
+{{- range $name, $value := $variables -}}
+{{- $listed = append $listed (dict "name" $name "value" $value) -}}
+{{- end -}}
+{{- with $listed -}}
+{{- toYaml . -}}
+{{- end -}}
 {{- end -}}
 
 {{/* Everything that is written lies in /tmp or in the cache: the root file system is read-only. */}}
