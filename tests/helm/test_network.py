@@ -1,4 +1,4 @@
-"""How pools reach each other over NCCL."""
+"""How pools reach each other over NCCL, and how the head's state outlives the head."""
 
 from pathlib import Path
 from typing import Any
@@ -79,3 +79,27 @@ def test_a_pool_may_run_in_the_network_of_its_nodes(helm: Helm) -> None:
 def test_the_multi_node_example_uses_them(helm: Helm) -> None:
     rendered = pods(helm.render(MULTI_NODE))
     assert nccl_of(rendered["prefill"]) == nccl_of(rendered["decode"]) != {}
+
+
+def test_by_default_the_state_of_the_head_dies_with_it(helm: Helm) -> None:
+    assert "gcsFaultToleranceOptions" not in cluster(helm.render())
+
+
+def test_redis_keeps_the_state_and_its_password_stays_in_the_secret(helm: Helm) -> None:
+    state = {
+        "store": "redis",
+        "redis": {"address": "redis:6379", "username": "ray", "passwordSecret": {"name": "s"}},
+    }
+    options = cluster(helm.render(overrides={"head": {"state": state}}))["gcsFaultToleranceOptions"]
+    assert options == {
+        "redisAddress": "redis:6379",
+        "redisUsername": {"value": "ray"},
+        "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "s", "key": "password"}}},
+    }
+
+
+def test_a_volume_keeps_the_state(helm: Helm) -> None:
+    state = {"store": "rocksdb", "rocksdb": {"storageClassName": "fast"}}
+    options = cluster(helm.render(overrides={"head": {"state": state}}))["gcsFaultToleranceOptions"]
+    storage = {"size": "10Gi", "storageClassName": "fast"}
+    assert options == {"backend": "rocksdb", "storage": storage}

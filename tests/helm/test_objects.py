@@ -4,6 +4,7 @@ What has no schema here is read over in the golden files, or checked in ``test_o
 """
 
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -64,6 +65,18 @@ def test_examples_are_what_kubernetes_and_kuberay_accept(rendered: str, version:
 
 def test_every_option_at_once_is_what_kubernetes_and_kuberay_accept(helm: Helm) -> None:
     check(helm.render(CHART / "examples/multi-node.yaml", EVERYTHING), VERSIONS[-1])
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"store": "redis", "redis": {"address": "rediss://redis:6380", "username": "ray"}},
+        {"store": "rocksdb", "rocksdb": {"size": "20Gi", "storageClassName": "fast"}},
+    ],
+    ids=lambda state: str(state["store"]),
+)
+def test_each_store_of_the_head_is_what_kuberay_accepts(helm: Helm, state: dict[str, Any]) -> None:
+    check(helm.render(overrides={"head": {"state": state}}), VERSIONS[-1])
 
 
 def test_the_check_sees_a_wrong_field(helm: Helm) -> None:

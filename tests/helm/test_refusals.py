@@ -75,6 +75,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "pools.decode.hostNetwork: network policies neither protect nor recognise",
     ),
     (
+        {"head": {"state": {"store": "redis"}}},
+        "head.state.store is redis, but head.state.redis.address is empty",
+    ),
+    (
+        {"head": {"state": {"redis": {"address": "redis:6379"}}}},
+        "head.state.redis.address is set, but head.state.store is none",
+    ),
+    ({"head": {"state": {"store": "etcd"}}}, "must be one of 'none', 'redis', 'rocksdb'"),
+    (
         {"config": {"decode": {"replicas": 0}, "colocated": {"replicas": 1}}},
         "config.prefill.replicas is 1 but config.decode.replicas is 0; prefill workers need decode",
     ),

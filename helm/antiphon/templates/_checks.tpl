@@ -40,6 +40,13 @@
 {{- if and .Values.modelCache.persistentVolumeClaim.existingClaim (not .Values.modelCache.persistentVolumeClaim.enabled) -}}
 {{- fail "modelCache.persistentVolumeClaim.existingClaim is set but modelCache.persistentVolumeClaim.enabled is false" -}}
 {{- end -}}
+{{- $state := .Values.head.state -}}
+{{- if and (eq $state.store "redis") (not $state.redis.address) -}}
+{{- fail "head.state.store is redis, but head.state.redis.address is empty" -}}
+{{- end -}}
+{{- if and $state.redis.address (ne $state.store "redis") -}}
+{{- fail (printf "head.state.redis.address is set, but head.state.store is %s" $state.store) -}}
+{{- end -}}
 {{- range $pool, $n := $numbers -}}
 {{- if $n.workers -}}
 {{- include "antiphon.checkNetwork" (dict "root" $ "pool" $pool "numbers" $n) -}}

@@ -229,3 +229,31 @@ readinessProbe:
     readOnly: true
 {{- end }}
 {{- end -}}
+
+{{/* KubeRay gives the head what it needs for its store, and workers 600 s to wait for the next head. The
+     field backend is new in 1.7, and redis what its absence means. Argument: head.state. */}}
+{{- define "antiphon.headState" -}}
+{{- if eq .store "redis" -}}
+redisAddress: {{ .redis.address | quote }}
+{{- with .redis.username }}
+redisUsername:
+  value: {{ . | quote }}
+{{- end }}
+{{- with .redis.passwordSecret }}
+{{- if .name }}
+redisPassword:
+  valueFrom:
+    secretKeyRef:
+      name: {{ .name }}
+      key: {{ .key }}
+{{- end }}
+{{- end }}
+{{- else -}}
+backend: rocksdb
+storage:
+  size: {{ .rocksdb.size }}
+  {{- with .rocksdb.storageClassName }}
+  storageClassName: {{ . }}
+  {{- end }}
+{{- end -}}
+{{- end -}}
