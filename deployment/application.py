@@ -65,6 +65,7 @@ class WorkerReplica:
             target_itl_seconds=parsed.router.target_itl_seconds,
             silence_seconds=parsed.router.silence_seconds,
             vllm_names=parsed.metrics.vllm_names,
+            ports=parsed.metrics.ports,
             tracing=effective(parsed.tracing, os.environ),
             began_at=began_at,
         )

@@ -89,6 +89,7 @@ class IngressProcess:
         self._tracing = start_tracing(tracing, metrics.role, replica_id, metrics)
         self._journal = Journal(self._tracing, replica_id, tracing.kept_timelines)
         self._server = MetricsServer(metrics.render)
+        self._ports = config.metrics.ports
         self.app = self._make_app(config)
 
     def describe(self) -> dict[str, Any]:
@@ -137,7 +138,8 @@ class IngressProcess:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         replica_id, host = self._placement.replica_id, self._placement.host
-        self._address = IngressAddress(replica_id, host, await self._server.listen(host))
+        host_port = await self._server.listen(host, self._ports)
+        self._address = IngressAddress(replica_id, host, host_port)
         self._siblings = Siblings(self._address, self._placement.ask_ingresses)
         watches = [_watch(self.backend, Role(role), pool) for role, pool in self._pools.items()]
         await _meet_workers(self.backend)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 from aiohttp import web
 
+from antiphon.listening import ANY_PORT, listen
 from antiphon.messages import WorkerCard
 
 logger = logging.getLogger(__name__)
@@ -32,19 +33,19 @@ class IngressAddress(msgspec.Struct, frozen=True):
 
 
 class MetricsServer:
-    """Serves ``/metrics`` of this process on a free port."""
+    """Serves ``/metrics`` of this process on a port of its own."""
 
     def __init__(self, render: Callable[[], bytes]) -> None:
         self._render = render
         self._runner: web.AppRunner | None = None
 
-    async def listen(self, host: str) -> str:
-        """Take a port; return where it is, ``host:port``."""
+    async def listen(self, host: str, ports: Sequence[int] = ANY_PORT) -> str:
+        """Take the first free port; return where it is, ``host:port``."""
         app = web.Application()
         app.router.add_get("/metrics", self._serve)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
-        await web.TCPSite(self._runner, host, 0).start()
+        await web.SockSite(self._runner, listen(host, ports)).start()
         return f"{host}:{self._runner.addresses[0][1]}"
 
     async def close(self) -> None:

@@ -110,6 +110,15 @@ def test_metrics_ask_for_no_key_where_there_is_none():
     assert "http.metrics_need_key is true, but http.api_key_file is not set" in line
 
 
+def test_ports_of_metrics_are_any_or_a_range_that_exists():
+    assert list(parse_config({}).metrics.ports) == [0]
+    metrics = {"first_port": 55000, "num_ports": 10000}
+    ports = parse_config({"metrics": metrics}).metrics.ports
+    assert (ports[0], ports[-1], len(ports)) == (55000, 64999, 10000)
+    _, line = problems({"metrics": {"first_port": 55001}})
+    assert line.startswith("  metrics.first_port: got 55001; ")
+
+
 def test_a_pool_that_is_named_has_a_worker():
     assert replicas(parse_config({"colocated": {"num_gpus": 1}})) == {
         "prefill": 1,

@@ -14,6 +14,7 @@ VOCABULARY = {
     "config",
     "config_loading",
     "errors",
+    "listening",
     "messages",
     "metrics",
     "request_timing",

@@ -6,7 +6,7 @@ answers no ping, loses its session; the worker then aborts that session's reques
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import aiohttp
@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 
 from antiphon.errors import LinkBrokenError
+from antiphon.listening import ANY_PORT, listen
 from antiphon.messages import (
     PROTOCOL_VERSION,
     ClientMessage,
@@ -93,8 +94,8 @@ class SessionServer:
         """Open sessions."""
         return self._sessions
 
-    async def listen(self, host: str, port: int = 0) -> int:
-        """Take a port; sessions are answered once ``serve`` has named a handler."""
+    async def listen(self, host: str, ports: Sequence[int] = ANY_PORT) -> int:
+        """Take the first free port; sessions are answered once ``serve`` has named a handler."""
         app = web.Application()
         app.router.add_get("/session", self._session)
         app.router.add_get("/metrics", self._serve_metrics)
@@ -102,7 +103,7 @@ class SessionServer:
             app, access_log=None, shutdown_timeout=1.0, logger=self._refusals.http_logger()
         )
         await self._runner.setup()
-        await web.TCPSite(self._runner, host, port).start()
+        await web.SockSite(self._runner, listen(host, ports)).start()
         bound: int = self._runner.addresses[0][1]
         return bound
 

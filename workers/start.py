@@ -76,7 +76,8 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
     server = SessionServer(
         metrics.render, session_key, metrics.session_refused, settings.silence_seconds
     )
-    card = _card(settings, loaded, await server.listen(settings.host), session_key)
+    port = await server.listen(settings.host, settings.ports)
+    card = _card(settings, loaded, port, session_key)
     worker = Worker(card, server, metrics)
     engine = Engine(
         loaded.runner,

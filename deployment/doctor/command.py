@@ -12,6 +12,7 @@ from antiphon.deployment.config_document import documents_in, parse
 from antiphon.deployment.doctor.facts import ClusterFacts
 from antiphon.errors import ConfigError
 
+_CHART_FIRST_PORT = 20100  # where processes of the chart's pods are scraped
 _SERVE_PORT = 8000  # where Serve listens if its file does not say
 
 
@@ -74,13 +75,16 @@ def _serve_http(http: HttpConfig, document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chart_sections(config: AntiphonConfig) -> dict[str, Any]:
-    """What the chart adds: workers go to pods of their pool, the ingress to any of them."""
+    """What the chart adds: where workers and ingresses go, and at which ports they are scraped."""
     placed = {
         role: {**pool.model_dump(), "resources": {f"antiphon_{role}": 1.0, **pool.resources}}
         for role, pool in config.pools.items()
     }
     places = {"antiphon_ingress": 0.001, **config.http.resources}
-    return {**placed, "http": {**config.http.model_dump(), "host": "0.0.0.0", "resources": places}}
+    http = {**config.http.model_dump(), "host": "0.0.0.0", "resources": places}
+    first_port = config.metrics.first_port or _CHART_FIRST_PORT
+    metrics = {**config.metrics.model_dump(), "first_port": first_port}
+    return {**placed, "http": http, "metrics": metrics}
 
 
 def _survey(config: AntiphonConfig, address: str | None, seconds: float) -> ClusterFacts:

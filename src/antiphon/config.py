@@ -4,12 +4,13 @@ One document serves the command line, ``serve run`` and the chart; it is parsed 
 the border, by ``antiphon.config_loading``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
+from antiphon.listening import ANY_PORT
 from antiphon.messages import MAX_PREFILL_CANDIDATES
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -212,6 +213,20 @@ class MetricsConfig(_Section):
         description="Serve vLLM's five scheduler gauges too, as vllm:*, for gateways that route by "
         "them.",
     )
+    first_port: Annotated[int, Field(ge=1024, le=55000)] | None = Field(
+        None,
+        description="Every worker and ingress is scraped, and a worker has its sessions, at the "
+        "first free port from here on, to which a firewall can let Prometheus; default: any port.",
+    )
+    num_ports: Annotated[int, Field(ge=1, le=10000)] = Field(
+        100, description="Of these: for all workers and ingresses of a node, also during updates."
+    )
+
+    @property
+    def ports(self) -> Sequence[int]:
+        """To try in this order; 0 is any."""
+        first = self.first_port
+        return ANY_PORT if first is None else range(first, first + self.num_ports)
 
 
 class TracingConfig(_Section):

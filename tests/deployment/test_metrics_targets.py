@@ -53,6 +53,21 @@ def test_siblings_that_do_not_answer_stay_and_those_that_are_gone_go() -> None:
     assert ask(siblings) == {"i0"}
 
 
+def test_an_ingress_takes_the_first_free_port_of_those_it_may_have() -> None:
+    async def scenario() -> None:
+        first, second = (MetricsServer(lambda: b"up 1\n") for _ in range(2))
+        taken = int((await first.listen("127.0.0.1")).rpartition(":")[2])
+        ports = range(taken, taken + 50)
+        found = int((await second.listen("127.0.0.1", ports)).rpartition(":")[2])
+        assert found in ports[1:]
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{found}/metrics")).text == "up 1\n"
+        await first.close()
+        await second.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 def test_workers_are_targets_whether_connected_or_not_and_serve_their_metrics() -> None:
     model = tiny_model("llama")
 

@@ -19,14 +19,14 @@ def test_serve_run_with_a_config_file_a_local_folder_colocated_workers_and_a_key
     tmp_path: Path, smollm2_path: Path
 ) -> None:
     model = save_tiny_model(tmp_path / "my-model", smollm2_path)
-    port = free_port()
+    port, first_port = free_port(), 21100  # below those that Linux chooses
     arguments = {
         "model": {"source": str(model), "served_name": "mine"},
         "prefill": {"replicas": 0},
         "decode": {"replicas": 0},
         "colocated": {"replicas": 2, "num_cpus": 0.5},
         "http": {"ingress_replicas": 2, "api_key_file": str(tmp_path / "keys")},
-        "metrics": {"vllm_names": True},
+        "metrics": {"vllm_names": True, "first_port": first_port, "num_ports": 50},
     }
     application = {
         "name": "antiphon",
@@ -54,6 +54,10 @@ def test_serve_run_with_a_config_file_a_local_folder_colocated_workers_and_a_key
         assert answer.usage is not None
         assert 1 <= answer.usage.completion_tokens <= 5
         every_process_is_scraped_once_and_nothing_is_counted_twice(product, client)
+        scraped = [target["targets"][0] for target in product.get("/metrics/targets")]
+        ports = {int(host_port.rpartition(":")[2]) for host_port in scraped}
+        assert len(ports) == 4
+        assert ports <= set(range(first_port, first_port + 50))
     finally:
         product.stop()
 

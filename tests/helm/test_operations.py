@@ -129,8 +129,8 @@ def test_nothing_is_scraped_twice(helm: Helm) -> None:
 
 
 def test_the_policy_lets_prometheus_in_and_only_where_it_scrapes(helm: Helm) -> None:
-    def rules(*enabled: str) -> list[dict[str, Any]]:
-        values = {name: {"enabled": True} for name in enabled}
+    def rules(*enabled: str, **config: Any) -> list[dict[str, Any]]:
+        values = {**{name: {"enabled": True} for name in enabled}, "config": config}
         policy = only(helm.render(overrides=values), "NetworkPolicy")
         found: list[dict[str, Any]] = policy["spec"]["ingress"]
         return [rule for rule in found if "prometheus" in json.dumps(rule.get("from", ""))]
@@ -139,7 +139,20 @@ def test_the_policy_lets_prometheus_in_and_only_where_it_scrapes(helm: Helm) -> 
     (rule,) = rules("podMonitor")
     assert rule["ports"] == [{"port": "metrics"}]
     (rule,) = rules("scrapeConfig")
-    assert rule["ports"] == [{"port": "serve"}, {"port": 32768, "endPort": 60999}]
+    assert rule["ports"] == [{"port": "serve"}, {"port": 20100, "endPort": 20199}]
+    (peer,) = rule["from"]
+    assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "monitoring"}
+    (rule,) = rules("scrapeConfig", metrics={"first_port": 9100, "num_ports": 20})
+    assert rule["ports"] == [{"port": "serve"}, {"port": 9100, "endPort": 9119}]
+
+
+def test_processes_are_scraped_where_the_policy_lets_prometheus_in(helm: Helm) -> None:
+    """Whether they are or not: Serve restarts everything when arguments change."""
+    for enabled in (True, False):
+        rendered = helm.render(overrides={"scrapeConfig": {"enabled": enabled}})
+        (application,) = serve_config(rendered)["applications"]
+        ports = parse_config(application["args"]).metrics.ports
+        assert (ports[0], ports[-1]) == (20100, 20199)
 
 
 # Dashboards and rules: whatever lies in the two folders.

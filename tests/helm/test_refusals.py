@@ -133,6 +133,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"prometheusRule": {"objectives": {"tpot": 0.9}}}, "additional properties 'tpot' not allowed"),
     (
+        {"config": {"metrics": {"first_port": 32700}}},
+        "config.metrics.first_port: ports 32700 to 32799 are among those that Linux chooses",
+    ),
+    (
         {"modelCache": {"persistentVolumeClaim": {"existingClaim": "cache"}}},
         "existingClaim is set but modelCache.persistentVolumeClaim.enabled is false",
     ),

@@ -51,6 +51,7 @@ def test_the_configuration_is_passed_through(helm: Helm, config: dict[str, Any])
     for role, section in parse_config(config).pools.items():
         expected[role]["resources"] = {**section.resources, f"antiphon_{role}": 1}
     expected["http"]["resources"] = {"antiphon_ingress": 0.001}
+    expected["metrics"]["first_port"] = 20100
     assert arguments(helm.render(overrides={"config": config})).model_dump() == expected
 
 
@@ -61,6 +62,7 @@ def test_serve_gets_what_config_serve_makes_of_the_completed_configuration(
     (application,) = serve_config(helm.render(overrides={"config": config}))["applications"]
     completed = {**config, "http": {**config.get("http", {}), "resources": {}}}
     completed["http"]["resources"] = {"antiphon_ingress": 0.001}
+    completed["metrics"] = {"first_port": 20100}
     for role, pool in parse_config(config).pools.items():
         places = {f"antiphon_{role}": 1, **pool.resources}
         completed[role] = {**config.get(role, {}), "replicas": pool.replicas, "resources": places}

@@ -40,6 +40,10 @@
 {{- if and .Values.modelCache.persistentVolumeClaim.existingClaim (not .Values.modelCache.persistentVolumeClaim.enabled) -}}
 {{- fail "modelCache.persistentVolumeClaim.existingClaim is set but modelCache.persistentVolumeClaim.enabled is false" -}}
 {{- end -}}
+{{- $ports := include "antiphon.metricsPorts" . | fromYaml -}}
+{{- if and (le 32768 (int $ports.last)) (ge 60999 (int $ports.first)) -}}
+{{- fail (printf "config.metrics.first_port: ports %v to %v are among those that Linux chooses, 32768 to 60999, so Prometheus would be let to KV links, which ask for no key" $ports.first $ports.last) -}}
+{{- end -}}
 {{- $state := .Values.head.state -}}
 {{- if and (eq $state.store "redis") (not $state.redis.address) -}}
 {{- fail "head.state.store is redis, but head.state.redis.address is empty" -}}

@@ -49,6 +49,14 @@ resources: {{ $offered | toJson }}
 {{- (get .Values.config "http" | default dict).port | default 8000 | int -}}
 {{- end -}}
 
+{{/* Where workers and ingresses are scraped; the same whether they are, or scraping would restart them.
+     Outside Linux's range for ports that are chosen at start, in which KV links are. Returns YAML. */}}
+{{- define "antiphon.metricsPorts" -}}
+{{- $metrics := get .Values.config "metrics" | default dict -}}
+first: {{ $metrics.first_port | default 20100 | int }}
+last: {{ sub (add ($metrics.first_port | default 20100) ($metrics.num_ports | default 100)) 1 }}
+{{- end -}}
+
 {{/* The document that Serve deploys. It restarts everything when args change, and nothing when sizes
      do, so these stand in deployments only; `antiphon config serve` does the same. */}}
 {{- define "antiphon.serveConfig" -}}
@@ -77,6 +85,9 @@ resources: {{ $offered | toJson }}
 {{- $_ := set $http "api_key_file" . -}}
 {{- end -}}
 {{- $_ := set $config "http" $http -}}
+{{- $metrics := get $config "metrics" | default dict -}}
+{{- $_ := set $metrics "first_port" (include "antiphon.metricsPorts" . | fromYaml).first -}}
+{{- $_ := set $config "metrics" $metrics -}}
 proxy_location: EveryNode
 http_options:
   host: 0.0.0.0
