@@ -1,14 +1,17 @@
-"""Two prefill and two decode workers in this process, and an ingress that prefers one pair.
+"""Prefill and decode workers in this process, and an ingress that prefers one pair of them.
 
 The preferred pair stands behind proxies and a faulty transport, and its engines tell a test of each
-step before they take it. The spare pair takes over when the ingress, or decode, has to.
+step before they take it. The spare pair, if there is one, takes over when the ingress, or decode,
+has to.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from faulty_transport import FaultyTransport, OnReceived, OnSend
 from msgspec import structs
@@ -20,14 +23,27 @@ from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.errors import NoWorkerError
 from antiphon.messages import Role, WorkerCard
+from antiphon.metrics import Metrics
 from antiphon.router.decision import Decision
 from antiphon.router.policy import Policy
 from antiphon.workers.batch import Batch
+from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
+from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.worker import Worker
 
 CHUNK_TOKENS = 16  # of a prefill step, so that a prompt of three chunks has a middle segment
+# No decode worker computes a prompt by choice.
+ROUTER = RouterConfig(local_prefill_max_tokens=0, replay_wait_seconds=1.0)
 OnStep = Callable[[Batch], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a crew works with."""
+
+    has_spares: bool = True
+    over: Literal["memory", "gloo"] = "memory"
 
 
 class _Watched:
@@ -71,33 +87,28 @@ class Crew:
     decode: Worker
     spares: list[Worker]
 
-    def __init__(self, model: Any, handoff: HandoffConfig) -> None:
+    def __init__(self, model: Any, handoff: HandoffConfig, setting: Setting) -> None:
         self._model = model
         self._handoff = handoff
+        self._setting = setting
         self._network = MemoryNetwork()
         self.killed: list[Worker] = []
         self._tasks_before = asyncio.all_tasks()
         self._threads_before = worker_threads()
         self.metrics = IngressMetrics()
-        self.backend = ClusterBackend(
-            "tiny",
-            RouterConfig(local_prefill_max_tokens=0),
-            {Role.PREFILL, Role.DECODE},
-            self.metrics,
-        )
+        roles = {Role.PREFILL, Role.DECODE}
+        self.backend = ClusterBackend("tiny", ROUTER, roles, self.metrics)
 
     async def start(self, on_send: OnSend, on_received: OnReceived, on_steps: list[OnStep]) -> None:
         """Start everything; ``on_steps`` are those of the prefill and of the decode worker."""
         self.transports = {
-            Role.PREFILL: FaultyTransport(self._memory("prefill:0"), on_send=on_send),
-            Role.DECODE: FaultyTransport(self._memory("decode:0"), on_received=on_received),
+            Role.PREFILL: FaultyTransport(self._transport("prefill:0"), on_send=on_send),
+            Role.DECODE: FaultyTransport(self._transport("decode:0"), on_received=on_received),
         }
         self.prefill = await self._start(Role.PREFILL, self.transports[Role.PREFILL])
         self.decode = await self._start(Role.DECODE, self.transports[Role.DECODE])
-        self.spares = [
-            await self._start(Role.PREFILL, self._memory("prefill:1")),
-            await self._start(Role.DECODE, self._memory("decode:1")),
-        ]
+        roles = (Role.PREFILL, Role.DECODE) if self._setting.has_spares else ()
+        self.spares = [await self._start(role, self._transport(f"{role}:1")) for role in roles]
         self.proxies = [SessionProxy(w.card.url) for w in (self.prefill, self.decode)]
         for worker, on_step in zip((self.prefill, self.decode), on_steps, strict=True):
             watch(worker, on_step)
@@ -119,13 +130,15 @@ class Crew:
             each.prefill._sender if each.card.role is Role.PREFILL else each.generate.receiver
             for each in self.workers
         ]
-        await until(lambda: all(end.counters().links_made >= 2 for end in ends))
+        num_peers = len(self.workers) // 2
+        await until(lambda: all(end.counters().links_made >= num_peers for end in ends))
 
     async def unmake_links(self) -> None:
         """Break the idle links of the preferred prefill worker, so that requests make new ones."""
         for link in self.transports[Role.PREFILL].links:
             link.close()
-        await until(lambda: self.decode.generate.receiver.num_links == 1)
+        num_others = len(self.workers) // 2 - 1
+        await until(lambda: self.decode.generate.receiver.num_links == num_others)
 
     async def kill(self, worker: Worker) -> None:
         """End a worker as SIGKILL would: its links and sockets break, and nothing is said."""
@@ -143,7 +156,9 @@ class Crew:
         await until(lambda: asyncio.all_tasks() <= self._tasks_before, 10)
         await until(lambda: worker_threads() <= self._threads_before, 10)
 
-    def _memory(self, address: str) -> MemoryTransport:
+    def _transport(self, address: str) -> Transport:
+        if self._setting.over == "gloo":
+            return GlooTransport("127.0.0.1")
         return MemoryTransport(self._network, address)
 
     async def _start(self, role: Role, transport: Any) -> Worker:
@@ -154,14 +169,13 @@ class Crew:
         )
 
     async def _list_workers(self) -> None:
-        policy = _PreferringPolicy(RouterConfig(local_prefill_max_tokens=0))
+        policy = _PreferringPolicy(ROUTER)
         policy.spares = tuple(worker.card for worker in self.spares)
         self.backend._policy = policy
-        for worker, proxy, spare in zip(
-            (self.prefill, self.decode), self.proxies, self.spares, strict=True
-        ):
+        for worker, proxy in zip((self.prefill, self.decode), self.proxies, strict=True):
             behind = structs.replace(worker.card, url=await proxy.listen())
-            cards = {card.replica_id: card for card in (behind, spare.card)}
+            spares = [w.card for w in self.spares if w.card.role is worker.card.role]
+            cards = {card.replica_id: card for card in (behind, *spares)}
             self.backend.set_workers(worker.card.role, cards)
         await until(lambda: all(self.backend._view.get(w.card.incarnation) for w in self.workers))
 
@@ -190,3 +204,35 @@ def total(metrics: IngressMetrics, name: str, **ignored: str) -> float:
         for sample in family.samples
         if sample.name == name and not (ignored and ignored.items() <= sample.labels.items())
     )
+
+
+def by_label(metrics: Metrics, name: str, label: str) -> Counter[str]:
+    """A counter's samples that are not zero."""
+    return Counter(
+        {
+            sample.labels[label]: int(sample.value)
+            for family in metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == name and sample.value
+        }
+    )
+
+
+async def assert_no_handoffs(alive: list[Worker]) -> None:
+    """Nobody waits for KV any more, and no link is open or held in quarantine but to the living."""
+
+    def held() -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for worker in alive:
+            num_peers = sum(other.card.role is not worker.card.role for other in alive)
+            receiver, sender = worker.generate.receiver, worker.prefill._sender
+            counts["climbs"] += len(worker.generate._ladder._climbs)
+            counts["awaited"] += len(worker.generate._client._transfers) + receiver.num_pending
+            counts["transfers"] += len(sender._transfers)
+            counts["quarantined bytes"] += receiver.quarantined_bytes
+            counts["links"] += max(0, receiver.num_links + sender.num_links - num_peers)
+        return dict(+counts)
+
+    with contextlib.suppress(TimeoutError):
+        await until(lambda: not held(), 10)
+    assert held() == {}

@@ -11,11 +11,15 @@ workers, at ``decode`` the session with the ingress, and between those the link 
     end        all segments have gone, the word that this was all has not
     decode     the first token has left, the second is about to be computed
 
-What must come of it; in every case the client gets exactly what ``generate()`` gives:
+What must come of it, where another worker of each kind is there; in every case the client then gets
+exactly what ``generate()`` gives:
 
     remote     the prefill worker that was asked delivers, and nothing is counted as failed
     again      the hand-off fails, is counted, and another prefill worker delivers
     moved      the request is lost with its decode worker, is counted, and goes on at another one
+
+Where there is no other one, ``again`` ends in the decode worker computing what is missing, and
+``moved`` in an error.
 
 A dot means that there is no such case, because
 
@@ -69,6 +73,18 @@ _DISCARDED = {
     ("corrupt_payload", "middle"): "checksum",
 }
 
+# As what the decode worker counts the failed attempt. A header that can't be trusted makes the
+# receiver break the link, and the sender's word of that may come before its own verdict.
+_FAILURES = {
+    "kill": {"lost"},
+    "hang": {"stalled"},
+    "drop": {"rejected"},
+    "reorder": {"rejected"},
+    "corrupt_header": {"rejected", "lost"},
+    "corrupt_payload": {"rejected"},
+    ("corrupt_payload", "handshake"): {"rejected", "lost"},
+}
+
 
 class Party(enum.StrEnum):
     PREFILL = "prefill"
@@ -118,6 +134,16 @@ class Cell:
         return self.outcome == "again" and is_silent
 
     @property
+    def failures(self) -> set[str]:
+        """The outcomes that a failed attempt may be counted under; none where none may fail."""
+        if self.outcome != "again":
+            return set()
+        if self.times_out:
+            return {"stalled"}
+        place = (self.kind.value, self.step.name.lower())
+        return _FAILURES.get(place) or _FAILURES[self.kind.value]
+
+    @property
     def discarded(self) -> str | None:
         """Under what the receiver must have counted a message that it threw away."""
         return _DISCARDED.get((self.kind.value, self.step.name.lower()))
@@ -133,3 +159,11 @@ def all_cells() -> list[Cell]:
         for number, outcome in enumerate(outcomes)
         if outcome != "."
     ]
+
+
+def diagonal(first: int) -> list[Cell]:
+    """One cell of every row; each at a later step than the row above's, round and round."""
+    rows: dict[tuple[Party, Kind], list[Cell]] = {}
+    for cell in all_cells():
+        rows.setdefault((cell.party, cell.kind), []).append(cell)
+    return [cells[(first + i) % len(cells)] for i, cells in enumerate(rows.values())]

@@ -3,10 +3,11 @@
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from crew import CHUNK_TOKENS, Crew, total
+from crew import CHUNK_TOKENS, Crew, Setting, assert_no_handoffs, by_label, total
 from fault_cells import Cell, Kind, Party, Step
 from faulty_transport import FaultyLink, Message, Send
 from pools import assert_idle
@@ -25,6 +26,7 @@ SLOW_READ_SECONDS = 0.02
 PROMPT = [5 + i for i in range(2 * CHUNK_TOKENS + 13)]
 OTHER_PROMPT = [100 - i for i in range(2 * CHUNK_TOKENS + 13)]
 MAX_TOKENS = 8
+WITH_SPARES = Setting()
 
 
 class Answer:
@@ -39,11 +41,12 @@ class Answer:
 class Scene:
     """One cell being played. ``strike`` and the hooks run on whatever thread reaches the step."""
 
-    def __init__(self, cell: Cell, model: Any) -> None:
+    def __init__(self, cell: Cell, model: Any, setting: Setting = WITH_SPARES) -> None:
         self.cell = cell
-        self.crew = Crew(model, _handoff_config(cell))
+        self.crew = Crew(model, _handoff_config(cell), setting)
         self.struck = threading.Event()
         self.errors: list[Exception] = []
+        self.num_warm_up = 0  # prompts before the one that meets the fault
         self._is_armed = False  # links are made before the request, and nothing may strike then
         self._released = threading.Event()
         self._num_segments = 0  # sent
@@ -71,17 +74,21 @@ class Scene:
     async def check_and_close(self) -> None:
         """Nothing may be held by anybody who lives, and nothing at all once all have ended."""
         await assert_idle(*self.crew.alive)
+        await assert_no_handoffs(self.crew.alive)
         await self.crew.close()
+        for worker in self.crew.workers:
+            for end in (worker.generate.receiver, worker.prefill._sender):
+                assert (end.num_links, end.counters().staging_bytes) == (0, 0)
 
     @property
-    def num_failed_attempts(self) -> float:
-        """Hand-offs that living decode workers have counted as failed."""
-        return self._decoding("antiphon_prefill_attempts_total", outcome="complete")
+    def attempts(self) -> Counter[str]:
+        """Prompts that living decode workers have asked others for, by how that ended."""
+        return self._decoding("antiphon_prefill_attempts_total", "outcome")
 
     @property
-    def num_fallbacks(self) -> float:
-        """Prompts that living workers have counted as computed by themselves."""
-        return self._decoding("antiphon_prefill_fallbacks_total")
+    def fallbacks(self) -> Counter[str]:
+        """Prompts that living workers have computed in their stead, by why."""
+        return self._decoding("antiphon_prefill_fallbacks_total", "reason")
 
     @property
     def num_replays(self) -> float:
@@ -89,8 +96,11 @@ class Scene:
         resumed = {"reason": "lost", "outcome": "resumed"}
         return self.crew.metrics.count("antiphon_replays_total", **resumed)
 
-    def _decoding(self, name: str, **ignored: str) -> float:
-        return sum(total(worker.metrics, name, **ignored) for worker in self.crew.alive)
+    def _decoding(self, name: str, label: str) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for worker in self.crew.alive:
+            counts.update(by_label(worker.metrics, name, label))
+        return +counts
 
     async def _prepare(self) -> None:
         await self.crew.wait_prewarmed()
@@ -100,6 +110,7 @@ class Scene:
         at_ask = self.cell.step is Step.ASK
         if at_ask and self.cell.party is Party.LINK and self.cell.kind is not Kind.KILL:
             self.struck.set()  # the session must be there before it can fall silent
+            self.num_warm_up += 1
             await self._ask(OTHER_PROMPT[::-1])
             self._strike()
         elif at_ask and self.cell.party is Party.DECODE:
@@ -205,6 +216,8 @@ class Scene:
 
     def _kill(self, worker: Worker) -> None:
         self.crew.transports[worker.card.role].sever()  # before anything can be said over them
+        # The dead take no step more, and do not fall back.
+        worker.engine.call(lambda _: self._released.wait(ANSWER_SECONDS))
         asyncio.run_coroutine_threadsafe(self.crew.kill(worker), self._loop).result(ANSWER_SECONDS)
 
     def _strike_session(self, proxy: Any) -> None:
