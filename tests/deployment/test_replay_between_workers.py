@@ -1,6 +1,7 @@
 """Streams that outlive their workers: what the client gets is what it would have got."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -109,7 +110,9 @@ def undisturbed(model: Any, sampling: SamplingParams) -> list[int]:
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("how", ["killed", "drained"])
-def test_a_stream_continues_exactly_on_another_worker(how: str, sampling: SamplingParams) -> None:
+def test_a_stream_continues_exactly_on_another_worker(
+    how: str, sampling: SamplingParams, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_model("llama")
     expected = undisturbed(model, sampling)
     if sampling is GREEDY:
@@ -117,10 +120,10 @@ def test_a_stream_continues_exactly_on_another_worker(how: str, sampling: Sampli
 
     async def scenario() -> None:
         async with Cluster(model, 3) as cluster:
-            stream = Stream(cluster.backend, sampling)
+            stream, victims = Stream(cluster.backend, sampling), []
             for num_tokens in (5, 40):
                 await until(lambda n=num_tokens: len(stream.tokens) >= n)  # type: ignore[misc]
-                victim = cluster.owner()
+                victims.append(victim := cluster.owner())
                 if how == "killed":
                     await cluster.kill(victim)
                 else:
@@ -131,6 +134,12 @@ def test_a_stream_continues_exactly_on_another_worker(how: str, sampling: Sampli
             assert [o.finish_reason for o in stream.outputs if o.finish_reason] == ["length"]
             assert len({output.num_cached_tokens for output in stream.outputs}) == 1
             assert sum(output.timing is not None for output in stream.outputs) == 1
+            lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+            lines = [line for line in lines if line.endswith("; another worker goes on")]
+            assert len(lines) == 2, "one for each time that the stream went on elsewhere"
+            for line, victim in zip(lines, victims, strict=True):
+                reason = "lost" if how == "killed" else "moved"
+                assert line.startswith(f"request r: {reason} at {victim.card.replica_id} with ")
 
     run(scenario())
 

@@ -1,113 +1,20 @@
 """The ladder over real workers: the next prefill worker, the decode worker itself, an honest no."""
 
 import asyncio
-import random
 import socket
 import threading
-from collections.abc import Coroutine, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from pools import Client, assert_idle, peer_of, start, until
-from tiny_models import VOCAB_SIZE, oracle, tiny_model
+from ladder_cluster import MAX_TOKENS, PROMPT, Cluster, run
+from pools import until
+from tiny_models import oracle, tiny_model
 
-from antiphon.config import EngineConfig, HandoffConfig
-from antiphon.messages import PrefillPeer, Role
+from antiphon.messages import PrefillPeer
 from antiphon.workers import peers
-from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
-from antiphon.workers.worker import Worker
+from antiphon.workers.handoff.memory import Fault, FaultPlan
 
-MAX_TOKENS = 6
-PROMPT = random.Random(1).choices(range(3, VOCAB_SIZE), k=60)
 NOWHERE = PrefillPeer("ws://127.0.0.1:9/session", "nobody")
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
-
-
-class Cluster:
-    """Prefill workers with a fault plan each, a decode worker, and a client of it."""
-
-    def __init__(self, model: Any, *plans: FaultPlan, **handoff: Any) -> None:
-        self._model = model
-        self._plans = plans
-        self._handoff = HandoffConfig(**handoff)
-        self.prefills: list[Worker] = []
-
-    async def __aenter__(self) -> "Cluster":
-        network = self.network = MemoryNetwork()
-        for index, plan in enumerate(self._plans):
-            transport = MemoryTransport(network, f"p{index}", plan)
-            engine = EngineConfig(max_batch_tokens=16)
-            self.prefills.append(
-                await start(Role.PREFILL, self._model, engine=engine, transport=transport)
-            )
-        self.decode = await start(
-            Role.DECODE,
-            self._model,
-            handoff=self._handoff,
-            engine=EngineConfig(max_batch_tokens=16),
-            transport=MemoryTransport(network, "d"),
-        )
-        self.client = await Client.connect(self.decode)
-        return self
-
-    async def __aexit__(self, *failure: object) -> None:
-        for plan in self._plans:
-            plan.release()
-        if failure[0] is None:
-            await assert_idle(self.decode, *self.prefills)
-            assert self.decode.generate.receiver.num_pending == 0
-            assert not self.decode.generate._ladder._climbs
-        for closing in (self.client.session, self.decode, *self.prefills):
-            await closing.close()
-
-    @property
-    def candidates(self) -> list[PrefillPeer]:
-        return [peer_of(worker) for worker in self.prefills]
-
-    def submit(self, *candidates: PrefillPeer, prompt: list[int] = PROMPT) -> str:
-        return self.client.submit(prompt, MAX_TOKENS, candidates or self.candidates)
-
-    def attempts(self, outcome: str) -> float:
-        return self.decode.metrics.count("antiphon_prefill_attempts_total", outcome=outcome)
-
-    def fallbacks(self, reason: str) -> float:
-        return self.decode.metrics.count("antiphon_prefill_fallbacks_total", reason=reason)
-
-    def computed(self) -> list[int]:
-        """Prompt tokens that each prefill worker computed."""
-        return [worker.engine.stats.num_prompt_tokens for worker in self.prefills]
-
-
-@pytest.mark.parametrize(
-    ("fault", "outcome"),
-    [
-        (Fault.CORRUPT_PAYLOAD, "rejected"),
-        (Fault.BREAK_BEFORE, "lost"),
-        (Fault.DROP, "rejected"),
-        (Fault.HOLD, "stalled"),
-    ],
-)
-def test_another_prefill_worker_goes_on_from_the_tokens_that_arrived(
-    fault: Fault, outcome: str
-) -> None:
-    model = tiny_model("llama")
-    expected = oracle(model, PROMPT, MAX_TOKENS)
-
-    async def scenario() -> None:
-        async with Cluster(model, FaultPlan({2: fault}), FaultPlan(), stall_seconds=0.3) as cluster:
-            request_id = cluster.submit()
-            assert await cluster.client.finish(request_id) == [expected]
-            assert cluster.client.paths[request_id] == "remote"
-            assert (cluster.attempts(outcome), cluster.attempts("complete")) == (1, 1)
-            assert cluster.decode.engine.stats.num_prompt_tokens == 0
-            counters = cluster.decode.generate.receiver.counters()
-            per_token = cluster.decode.card.wire_bytes_per_token
-            assert counters.received_bytes == 59 * per_token, "16 tokens were sent twice"
-
-    run(scenario())
 
 
 def test_a_prefill_worker_that_dies_in_mid_transfer_is_replaced() -> None:
@@ -191,40 +98,13 @@ def test_attempts_are_bounded_in_number() -> None:
     model = tiny_model("llama")
 
     async def scenario() -> None:
-        plans = [FaultPlan({2: Fault.BREAK_BEFORE}) for _ in range(3)]
+        plans = [FaultPlan({1: Fault.BREAK_BEFORE}) for _ in range(3)]  # the first segment
         async with Cluster(model, *plans, max_prefill_attempts=2) as cluster:
             request_id = cluster.submit()
             await cluster.client.finish(request_id)
             assert cluster.client.paths[request_id] == "fallback"
             assert (cluster.attempts("lost"), cluster.fallbacks("lost")) == (2, 1)
             assert cluster.computed()[2] == 0
-
-    run(scenario())
-
-
-def test_a_full_prefill_worker_says_busy_and_the_next_one_is_asked() -> None:
-    model = tiny_model("llama")
-    expected = oracle(model, PROMPT, MAX_TOKENS)
-
-    async def scenario() -> None:
-        async with Cluster(model, FaultPlan(), FaultPlan()) as cluster:
-            full = await start(
-                Role.PREFILL,
-                model,
-                engine=EngineConfig(max_waiting_requests=1),
-                transport=MemoryTransport(cluster.network, "full"),
-            )
-            gate = threading.Event()
-            full.engine.call(lambda _: gate.wait(20))
-            asker = cluster.submit(peer_of(full), prompt=[5, *PROMPT])
-            await until(lambda: full.num_requests == 1)
-            request_id = cluster.submit(peer_of(full), *cluster.candidates)
-            assert await cluster.client.finish(request_id) == [expected]
-            assert (cluster.attempts("busy"), cluster.attempts("complete")) == (1, 1)
-            cluster.client.abort(asker)
-            gate.set()
-            await assert_idle(full)
-            await full.close()
 
     run(scenario())
 

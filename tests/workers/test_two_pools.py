@@ -279,7 +279,12 @@ def test_a_drain_is_bounded() -> None:
         client = await Client.connect(decode)
         running = client.submit([5] * 10, 500)
         await client.wait_until(lambda: len(client.tokens[running]) > 2)
+        began = asyncio.get_running_loop().time()
         assert not await decode.drain(0.1)
+        assert 0.1 <= asyncio.get_running_loop().time() - began < 2.0  # a busy machine included
+        assert await client.finish(running)
+        assert client.ended[running].startswith("moved: ")
+        assert len(client.tokens[running]) < 500
         for closing in (client.session, decode):
             await closing.close()
 
