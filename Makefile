@@ -21,9 +21,9 @@ test-unit: $(INSTALLED) prometheus  ## without the tests that start Ray or compi
 test-kernels: $(INSTALLED)  ## the Triton kernels, in the interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -m interpreter
 
-test-gpu: $(INSTALLED)  ## the same tests on this machine's GPU
+test-gpu: $(INSTALLED)  ## the same tests on this machine's GPU, and NCCL between two
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU here: use make test-kernels, or install a CUDA build of torch')"
-	$(BIN)/pytest -q -m interpreter
+	$(BIN)/pytest -q -m "interpreter or gpu"
 
 test-nodes: $(INSTALLED)  ## of those, nodes lost, parted and updated, in network namespaces; as root
 	$(BIN)/pytest -q -m nodes

@@ -1,19 +1,31 @@
 """NCCL: refused by name where it can't work; payload between two GPUs where there are some."""
 
+import os
+import re
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from antiphon.config import HandoffConfig
 from antiphon.errors import ConfigError, LinkBrokenError
+from antiphon.workers.handoff import nccl
 from antiphon.workers.handoff.nccl import NcclTransport
 from antiphon.workers.handoff.segment import device_checksum
 from antiphon.workers.handoff.transport import Link, Place
 
-needs_gpus = pytest.mark.skipif(
+_skip_elsewhere = pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="NCCL joins two GPUs, and this machine has fewer"
 )
+
+
+def needs_gpus(test: Callable[[], None]) -> Callable[[], None]:
+    """What ``make test-gpu`` runs, and every other run skips aloud where there are no two GPUs."""
+    return pytest.mark.gpu(_skip_elsewhere(test))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -66,6 +78,54 @@ def test_a_receive_whose_peer_is_gone_ends():
         pending.wait(0.2)
     with pytest.raises(LinkBrokenError):
         sender.send([torch.zeros(1, dtype=torch.uint8)] * 9, 5)
+
+
+def test_gpu_machines_run_what_is_marked_for_them():
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
+    (recipe,) = re.findall(r"^test-gpu:.*\n(?:\t.*\n)+", makefile, re.MULTILINE)
+    assert '-m "interpreter or gpu"' in recipe
+
+
+class _Nccl:
+    """Notes how a communicator is asked for."""
+
+    made: "_Nccl"
+
+    def __init__(self, store: object, rank: int, size: int, options: Any) -> None:
+        self.ranks, self.options = (rank, size), options
+        _Nccl.made = self
+
+    @staticmethod
+    def Options(is_high_priority_stream: bool) -> Any:
+        return SimpleNamespace(is_high_priority_stream=is_high_priority_stream, config=_Config())
+
+    def eager_connect_single_device(self, device: torch.device) -> None:
+        self.device = device
+
+
+class _Config(SimpleNamespace):
+    """NCCL's own defaults: as many blocks of a kernel as it likes."""
+
+    min_ctas = max_ctas = -1
+
+
+def test_channels_are_capped_and_no_watchdog_ends_the_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(nccl, "_c10d", SimpleNamespace(ProcessGroupNCCL=_Nccl))
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    group = nccl.make_nccl_group(object(), 1, 3)
+    assert group is _Nccl.made
+    assert chosen == [3]
+    assert (group.ranks, group.device) == ((1, 2), torch.device("cuda", 3))
+    config = group.options.config
+    assert (config.min_ctas, config.max_ctas) == (1, 4)
+    assert group.options._timeout.days >= 1
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+    assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
 
 
 def test_its_payload_is_staged_beside_the_cache():
