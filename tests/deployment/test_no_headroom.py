@@ -90,7 +90,7 @@ def _check(answers: list[httpx.Response], decode: Worker, caplog: pytest.LogCapt
     assert count("antiphon_worker_refusals_total", reason="no_headroom") == 2
     lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     for number, answer in enumerate(answers):
-        own = [line for line in lines if line.startswith(f"request request-{number}: ")]
+        own = [line for line in lines if line.startswith(f"request request-{number}-")]
         assert "prefill attempt 1, at ws://" in own[0]
         assert ", lost: " in own[0]
         if answer.status_code == 200:

@@ -45,10 +45,17 @@ class WorkerProcess:
 
     async def state(self) -> dict[str, Any]:
         """See ``worker_process.describe``."""
-        self._writer.write(b"state\n")
-        async with asyncio.timeout(START_SECONDS):
-            answer: dict[str, Any] = json.loads(await self._reader.readline())
+        answer: dict[str, Any] = await self._ask(b"state\n")
         return answer
+
+    async def used_bytes(self) -> int:
+        """See ``worker_process.used_bytes``."""
+        return int(await self._ask(b"memory\n"))
+
+    async def _ask(self, line: bytes) -> Any:
+        self._writer.write(line)
+        async with asyncio.timeout(START_SECONDS):
+            return json.loads(await self._reader.readline())
 
     @property
     def is_alive(self) -> bool:

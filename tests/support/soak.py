@@ -5,7 +5,8 @@
 Two pools of two. The first worker of each pool is never killed, only stopped for a while, so its
 memory can be watched from beginning to end; the second is killed again and again and comes back as
 a stranger under its old name. Every token is compared. At the end nothing may be held, memory must
-be where it was after the warm-up, and the exit status says whether all of that was so.
+be where it was after the warm-up, and enough must have been asked, killed and stopped for that to
+say something. The exit status says whether all of that was so.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from live_bytes import live_bytes
 from load import Load, greedy_items, seeded_items
 from process_cluster import ProcessCluster, WorkerProcess, cluster, nursery, resident_bytes
 from tiny_models import tiny_model
@@ -35,6 +37,11 @@ CANCEL_RATE = 0.15
 REPORT_SECONDS = 30.0
 WARM_UP_RATIO = 0.25  # of the time, after which memory must not grow any more
 MAX_GROWTH_BYTES = 24 << 20  # per process: what allocators and caches of an interpreter wander
+# Of memory in use, which wanders less: for each request of a client's, of which an elder has half.
+MAX_LEAK_BYTES = 2 << 10
+LEAK_SLACK_BYTES = 1 << 20  # caches that fill up to a bound; requests that were open at first
+LEAST_REQUESTS = 6.0  # a second; a quiet machine has 26
+LEAST_BLOWS = 1 / 40  # a second, of each kind; a quiet machine has 1/8 and 1/10
 PAUSE_SECONDS = (0.5, 3.0)  # between two blows
 STOP_SECONDS = (0.2, 9.0)  # beyond what a hand-off and a heartbeat wait
 MAX_IDLE_TASKS = 40  # of a worker: its sessions, their readers and writers, a server
@@ -52,6 +59,7 @@ class Soak:
         self._blows: Counter[str] = Counter()
         self._elders = [opened.of(role)[0] for role in (Role.PREFILL, Role.DECODE)]
         self._warm: dict[str, int] = {}
+        self._used: asyncio.Task[dict[str, tuple[int, int]]] | None = None  # after the warm-up
         self._is_over = asyncio.Event()
         self.violations: list[str] = []
 
@@ -65,6 +73,7 @@ class Soak:
                 await asyncio.sleep(min(REPORT_SECONDS, self._seconds / 10))
                 if not self._warm and elapsed > WARM_UP_RATIO * self._seconds:
                     self._warm = self._memory()
+                    self._used = asyncio.create_task(self._used_bytes())
                 self._report(time.monotonic() - began)
                 if load.done() or storm.done():
                     break
@@ -74,6 +83,7 @@ class Soak:
             await asyncio.wait({storm, load})
         self._violated_by(storm, "the storm")
         self._violated_by(load, "the load")
+        self._check_that_enough_happened()
         await self._check_end()
         self._report(time.monotonic() - began)
 
@@ -110,6 +120,7 @@ class Soak:
         self.violations += tally.wrong
         if tally.num_errors or not tally.outcomes["right"]:
             self.violations.append(f"clients got errors, or nothing: {dict(tally.outcomes)}")
+        before = await self._used if self._used is not None else {}
         try:
             states = await self._cluster.wait_idle()
         except (AssertionError, TimeoutError) as error:
@@ -121,6 +132,32 @@ class Soak:
         for name, num_bytes in self._memory().items():
             if num_bytes - self._warm.get(name, num_bytes) > MAX_GROWTH_BYTES:
                 self.violations.append(f"{name} grew from {self._warm[name]} to {num_bytes} bytes")
+        await self._check_leaks(before)
+
+    async def _check_leaks(self, before: dict[str, tuple[int, int]]) -> None:
+        after = await self._used_bytes()
+        for name, (num_bytes, num_requests) in before.items():
+            growth, num_since = after[name][0] - num_bytes, after[name][1] - num_requests
+            print(f"{name}: {growth} bytes more in use after {num_since} requests", flush=True)
+            if growth > LEAK_SLACK_BYTES + num_since * MAX_LEAK_BYTES:
+                self.violations.append(f"{name} leaks {growth} bytes in {num_since} requests")
+
+    def _check_that_enough_happened(self) -> None:
+        seconds, num_requests = self._seconds, self._load.tally.outcomes.total()
+        if num_requests < LEAST_REQUESTS * seconds or self._used is None:
+            self.violations.append(f"only {num_requests} requests in {seconds:.0f} s")
+        for kind in ("killed", "stopped"):
+            num_blows = sum(n for name, n in self._blows.items() if name.endswith(kind))
+            if num_blows < max(1, int(LEAST_BLOWS * seconds)):
+                self.violations.append(f"only {num_blows} workers {kind} in {seconds:.0f} s")
+
+    async def _used_bytes(self) -> dict[str, tuple[int, int]]:
+        """Of each process that lives all along, with how many requests had ended by then."""
+        used = {"driver": (live_bytes(), self._load.tally.outcomes.total())}
+        for elder in self._elders:
+            num_bytes = await elder.used_bytes()  # one that is stopped answers later
+            used[elder.card.replica_id] = (num_bytes, self._load.tally.outcomes.total())
+        return used
 
     def _violated_by(self, task: asyncio.Task[None], name: str) -> None:
         if (error := task.exception()) is not None:

@@ -1,8 +1,9 @@
 """Worker processes without Ray: a script that has imported everything, and forks for each worker.
 
 It reads one JSON line per worker from its standard input: where to report, and pickled settings. A
-forked worker connects to that Unix socket, says its card, and answers each line with its state. It
-ends when the socket does, so nothing outlives the test that started it.
+forked worker connects to that Unix socket, says its card, and answers each line with its state, or
+with the memory it uses if that is what the line asks for. It ends when the socket does, so nothing
+outlives the test that started it.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ import threading
 from typing import Any
 
 import msgspec
+from live_bytes import live_bytes
 
 from antiphon.workers.start import start_worker
 from antiphon.workers.worker import Worker
@@ -28,8 +30,9 @@ async def serve(report_to: str, settings: WorkerSettings) -> None:
     worker = await start_worker(settings)
     reader, writer = await asyncio.open_unix_connection(report_to)
     writer.write(msgspec.json.encode(worker.card) + b"\n")
-    while await reader.readline():
-        writer.write(json.dumps(await describe(worker)).encode() + b"\n")
+    while line := await reader.readline():
+        answer = used_bytes(worker) if line == b"memory\n" else await describe(worker)
+        writer.write(json.dumps(answer).encode() + b"\n")
     await worker.close()
 
 
@@ -52,6 +55,12 @@ async def describe(worker: Worker) -> dict[str, Any]:
         "num_threads": threading.active_count(),
         "metrics": totals,
     }
+
+
+def used_bytes(worker: Worker) -> int:
+    """Memory in use, without the buffers of links, which come and go with their peers."""
+    ends = (worker.generate.receiver, worker.prefill._sender)
+    return live_bytes() - sum(end.counters().staging_bytes for end in ends)
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ def test_another_prefill_worker_goes_on_from_the_tokens_that_arrived(
             (line,) = [each for each in warnings(caplog) if request_id in each]
             first = cluster.prefills[0].card.url
             assert f"prefill attempt 1, at {first}, {outcome}: " in line
-            assert line.endswith("; 43 of 59 tokens are still missing")
+            # Two chunks arrived, if the link was slower than the engine and they went as one.
+            assert line.endswith(tuple(f"; {n} of 59 tokens are still missing" for n in (43, 27)))
 
     run(scenario())
 
