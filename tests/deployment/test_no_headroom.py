@@ -91,12 +91,12 @@ def _check(answers: list[httpx.Response], decode: Worker, caplog: pytest.LogCapt
     lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     for number, answer in enumerate(answers):
         own = [line for line in lines if line.startswith(f"request request-{number}-")]
-        assert "prefill attempt 1, at ws://" in own[0]
-        assert ", lost: " in own[0]
+        assert any("prefill attempt 1, at " in line and ", lost: " in line for line in own), own
+        falls_back = f"computing {NUM_PROMPT_TOKENS - 1} tokens here: lost"
+        assert any(falls_back in line for line in own) == (answer.status_code == 200), own
         if answer.status_code == 200:
-            assert own[1].endswith(f"computing {NUM_PROMPT_TOKENS - 1} tokens here: lost")
             continue
-        assert "refused, its KV cannot be had" in own[1]
-        assert "busy at decode" in own[2]
+        assert any("refused, its KV cannot be had" in line for line in own), own
+        assert any("busy at decode" in line for line in own), own
         assert int(answer.headers["Retry-After"]) > 0
         assert answer.json()["error"]["message"]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from crew import CHUNK_TOKENS, Crew, Setting, assert_no_handoffs, by_label, total
+from crew import CHUNK_TOKENS, Crew, Setting, assert_no_handoffs, by_label
 from fault_cells import Cell, Kind, Party, Step
 from faulty_transport import FaultyLink, Message, Send
 from pools import assert_idle

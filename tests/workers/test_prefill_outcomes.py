@@ -40,9 +40,10 @@ def test_another_prefill_worker_goes_on_from_the_tokens_that_arrived(
             counters = cluster.decode.generate.receiver.counters()
             per_token = cluster.decode.card.wire_bytes_per_token
             assert counters.received_bytes == 59 * per_token, "16 tokens were sent twice"
-            (line,) = [each for each in warnings(caplog) if request_id in each]
-            first = cluster.prefills[0].card.url
-            assert f"prefill attempt 1, at {first}, {outcome}: " in line
+            (line,) = [each for each in warnings(caplog) if f"{request_id}: prefill att" in each]
+            first = cluster.prefills[0].card.replica_id
+            assert f"prefill attempt 1, at {first}, transfer " in line
+            assert f", {outcome}: " in line
             # Two chunks arrived, if the link was slower than the engine and they went as one.
             assert line.endswith(tuple(f"; {n} of 59 tokens are still missing" for n in (43, 27)))
 
