@@ -12,7 +12,8 @@ serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" pas
 	@$(BIN)/antiphon serve $(ARGS)
 
 test: $(INSTALLED) prometheus lint test-kernels  ## lint, types, and the whole suite
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -m "not nodes"
+	@$(MAKE) --no-print-directory test-nodes
 
 test-unit: $(INSTALLED) prometheus  ## without the tests that start Ray or compile for other machines' GPUs
 	$(BIN)/pytest -q -m "not e2e and not compiler"
@@ -25,8 +26,10 @@ test-gpu: $(INSTALLED)  ## the same tests on this machine's GPU, and NCCL betwee
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU here: use make test-kernels, or install a CUDA build of torch')"
 	$(BIN)/pytest -q -m "interpreter or gpu"
 
+# Once more if it fails, for what it times is Ray finding out that nodes are lost, on cores that others
+# may be using; what fails twice is broken.
 test-nodes: $(INSTALLED)  ## of those, nodes lost, parted and updated, in network namespaces; as root
-	$(BIN)/pytest -q -m nodes
+	$(BIN)/pytest -q -m nodes || $(BIN)/pytest -q -m nodes
 
 SECONDS ?= 600
 soak: $(INSTALLED)  ## ten minutes of load, kills and restarts, every token checked; SECONDS=60
