@@ -197,10 +197,11 @@ def _print_row(system: System, row: Measured) -> None:
 
     flag = " (others were busy)" if row.other_cores > MAX_OTHER_CORES else ""
     bound = "<" if row.ended_early else " "
+    decisions = {reason: count for reason, count in row.decisions.items() if count}
     print(
         f"  {system.name:<20} {row.rate:6.2f}/s  {bound}{row.attainment:6.1%}  "
         f"p90 {tail(row.ttft_seconds):6.2f} s {tail(row.tpot_seconds) * 1e3:6.0f} ms  "
-        f"others {row.other_cores:.2f}{flag}  {row.decisions}",
+        f"others {row.other_cores:.2f}{flag}  {decisions}",
         flush=True,
     )
 
