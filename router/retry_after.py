@@ -12,7 +12,7 @@ lasts. Clients get whole seconds between two bounds.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from antiphon.errors import CapacityError, ServiceStoppingError
 from antiphon.messages import Role, WorkerCard
@@ -73,7 +73,7 @@ class RetryAfter:
 
     def observe(self, view: ClusterView, listed: Mapping[str, WorkerCard], now: float) -> None:
         """Note whether anybody decodes; to be called when workers come or go."""
-        if _usable(view, listed):
+        if any(True for _ in _usable(view, listed)):
             self._lost_at = None
         elif self._lost_at is None:
             self._lost_at = now
@@ -129,8 +129,9 @@ class RetryAfter:
         return self._model.prefill_seconds(worker.load, worker.load.num_queued_tokens, 0)
 
 
-def _usable(view: ClusterView, listed: Mapping[str, WorkerCard]) -> list[WorkerView]:
-    return [worker for worker in view.decode_workers if worker.card.incarnation in listed]
+def _usable(view: ClusterView, listed: Mapping[str, WorkerCard]) -> Iterator[WorkerView]:
+    """Lazy, because most reports only ask whether there is one."""
+    return (worker for worker in view.decode_workers if worker.card.incarnation in listed)
 
 
 def _may_decode(card: WorkerCard, view: ClusterView) -> bool:

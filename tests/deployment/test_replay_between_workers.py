@@ -143,6 +143,15 @@ def test_a_stream_continues_exactly_on_another_worker(
     run(scenario())
 
 
+async def stream_without_worker(cluster: Cluster) -> Stream:
+    """A stream that has begun, and whose only worker has been killed."""
+    stream = Stream(cluster.backend)
+    await until(lambda: len(stream.tokens) >= 3)
+    await cluster.kill(cluster.owner())
+    await until(lambda: not cluster.backend._view.decode_workers)
+    return stream
+
+
 def test_replays_have_a_limit_and_then_the_error_is_honest() -> None:
     model = tiny_model("llama")
 
@@ -165,10 +174,7 @@ def test_a_stream_waits_for_a_worker_to_come_back() -> None:
 
     async def scenario() -> None:
         async with Cluster(model, 1) as cluster:
-            stream = Stream(cluster.backend)
-            await until(lambda: len(stream.tokens) >= 3)
-            await cluster.kill(cluster.owner())
-            await until(lambda: not cluster.backend._view.decode_workers)
+            stream = await stream_without_worker(cluster)
             with pytest.raises(NoWorkerError):  # what has not begun is told at once
                 await Stream(cluster.backend).task
             await cluster.add()
@@ -218,10 +224,7 @@ def test_a_client_that_leaves_while_its_stream_waits_is_no_failure() -> None:
 
     async def scenario() -> None:
         async with Cluster(model, 1) as cluster:
-            stream = Stream(cluster.backend)
-            await until(lambda: len(stream.tokens) >= 3)
-            await cluster.kill(cluster.owner())
-            await until(lambda: not cluster.backend._view.decode_workers)
+            stream = await stream_without_worker(cluster)
             assert total(cluster.metrics, "antiphon_replays_total") == 0, "not known yet"
             stream.task.cancel()
             await asyncio.wait({stream.task})

@@ -8,7 +8,7 @@ import httpx
 from pools import Client, start, until
 from scripted_backend import CharTokenizer
 
-from antiphon.config import EngineConfig, RouterConfig, TracingConfig
+from antiphon.config import EngineConfig, HandoffConfig, RouterConfig, TracingConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.http_app import create_app
 from antiphon.deployment.ingress_metrics import IngressMetrics
@@ -27,6 +27,7 @@ async def pair(
     plan: FaultPlan | None = None,
     num_blocks: int = 64,
     tracing: TracingConfig | None = None,
+    handoff: HandoffConfig | None = None,
     **engine: Any,
 ) -> tuple[Worker, Worker, Client]:
     """A prefill worker that computes chunk by chunk, a decode worker, and a client of that one."""
@@ -35,6 +36,7 @@ async def pair(
         Role.PREFILL,
         model,
         engine=EngineConfig(max_batch_tokens=CHUNK_TOKENS, **engine),
+        handoff=handoff,
         transport=MemoryTransport(network, "p", plan),
         tracing=tracing,
     )
@@ -43,6 +45,7 @@ async def pair(
         model,
         engine=EngineConfig(**engine),
         num_blocks=num_blocks,
+        handoff=handoff,
         transport=MemoryTransport(network, "d"),
         tracing=tracing,
     )

@@ -9,11 +9,10 @@ import pytest
 import torch
 from pools import Client, assert_idle, peer_of, start
 from tiny_models import VOCAB_SIZE, tiny_model
-from two_pools import CHUNK_TOKENS, close
+from two_pools import CHUNK_TOKENS, close, pair
 
 from antiphon.config import EngineConfig, HandoffConfig
 from antiphon.messages import Role
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 
 PROMPT = random.Random(3).choices(range(3, VOCAB_SIZE), k=3 * CHUNK_TOKENS + 1)
 NUM_HANDED_OVER = len(PROMPT) - 1
@@ -27,22 +26,7 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 async def through_two(model: Any, engine: dict[str, Any], handoff: HandoffConfig) -> Any:
     """(tokens, segments, received bytes, prefill's card, decode's card)"""
-    network = MemoryNetwork()
-    prefill = await start(
-        Role.PREFILL,
-        model,
-        engine=EngineConfig(max_batch_tokens=CHUNK_TOKENS, **engine),
-        handoff=handoff,
-        transport=MemoryTransport(network, "p"),
-    )
-    decode = await start(
-        Role.DECODE,
-        model,
-        engine=EngineConfig(**engine),
-        handoff=handoff,
-        transport=MemoryTransport(network, "d"),
-    )
-    client = await Client.connect(decode)
+    prefill, decode, client = await pair(model, handoff=handoff, **engine)
     request_id = client.submit(PROMPT, MAX_TOKENS, peer_of(prefill))
     (tokens,) = await client.finish(request_id)
     assert client.paths[request_id] == "remote"
