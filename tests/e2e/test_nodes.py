@@ -161,6 +161,8 @@ def test_a_rolling_update_of_pools_and_ingress_fails_no_request(
     cluster: NodeCluster, asked: list[Question]
 ) -> None:
     before = {worker["incarnation"] for worker in cluster.workers().values()}
+    ingresses_before = cluster.ingresses()
+    assert len(ingresses_before) == 2
     with HttpLoad([cluster.url("d1"), cluster.url("d2")], asked) as load:
         cluster.deploy(max_batch_tokens=48)
         cluster.wait_whole()
@@ -168,3 +170,8 @@ def test_a_rolling_update_of_pools_and_ingress_fails_no_request(
     assert not load.problems
     after = {worker["incarnation"] for worker in cluster.workers().values()}
     assert not before & after
+    wait_for(
+        lambda: len(cluster.ingresses()) == 2 and not cluster.ingresses() & ingresses_before,
+        30,
+        lambda: f"{cluster.ingresses()} after {ingresses_before}",
+    )

@@ -73,8 +73,16 @@ class NodeCluster:
     def workers(self, through: str = "d1") -> dict[str, dict[str, Any]]:
         """By name of their node, as the ingress says that the proxy of a node chooses."""
         names = {self.network.address_of(name): name for name in NODES}
-        with urllib.request.urlopen(f"{self.url(through)}/workers", timeout=10) as answer:
-            return {names[worker["node"]]: worker for worker in json.load(answer)}
+        return {names[worker["node"]]: worker for worker in self._get(through, "/workers")}
+
+    def ingresses(self, through: str = "d1") -> set[str]:
+        """Replica ids, as the ingress says that the proxy of a node chooses."""
+        labels = [target["labels"] for target in self._get(through, "/metrics/targets")]
+        return {each["worker"] for each in labels if each["pool"] == "ingress"}
+
+    def _get(self, through: str, path: str) -> Any:
+        with urllib.request.urlopen(self.url(through) + path, timeout=10) as answer:
+            return json.load(answer)
 
     def seen(self, through: str) -> str:
         """What an ingress knows of the workers, or why it says nothing; for people."""
