@@ -5,14 +5,16 @@ INSTALLED := $(VENV)/.installed
 # One thread per process is the clean unit on a CPU; spinning threads starve whatever shares a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: serve test test-unit test-kernels test-gpu test-nodes soak lint bench bench-gpu kernel-report chart dashboards
+.PHONY: serve test test-unit test-kernels test-compiler test-gpu test-nodes soak lint bench bench-gpu kernel-report chart dashboards
 .PHONY: reference prometheus clean
 
 serve: $(INSTALLED)  ## start everything on this machine; ARGS="--port 9000" passes options
 	@$(BIN)/antiphon serve $(ARGS)
 
-test: $(INSTALLED) prometheus lint test-kernels  ## lint, types, and the whole suite
-	$(BIN)/pytest -q -m "not nodes"
+# What computes on one core and times nothing goes two at a time.
+test: $(INSTALLED) prometheus  ## lint, types, and the whole suite
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-compiler test-kernels lint
+	$(BIN)/pytest -q -m "not nodes and not compiler"
 	@$(MAKE) --no-print-directory test-nodes
 
 test-unit: $(INSTALLED) prometheus  ## without the tests that start Ray or compile for other machines' GPUs
@@ -21,6 +23,9 @@ test-unit: $(INSTALLED) prometheus  ## without the tests that start Ray or compi
 # Triton's interpreter and its compiler cannot share a process.
 test-kernels: $(INSTALLED)  ## the Triton kernels, in the interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest -q -m interpreter
+
+test-compiler: $(INSTALLED)  ## the kernels, compiled for the GPUs of other machines
+	$(BIN)/pytest -q -m compiler
 
 test-gpu: $(INSTALLED)  ## the same tests on this machine's GPU, and NCCL between two
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no GPU here: use make test-kernels, or install a CUDA build of torch')"

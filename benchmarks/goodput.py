@@ -15,7 +15,7 @@ computes on one thread. The systems:
 All get the same requests at the same times, with prompts that were never used before. Rows during
 which other processes kept more than 0.15 cores busy are flagged. Machines drift by more than two
 close systems differ: with ``--rounds 3`` the two pools and the best colocated system take turns in
-two more searches, and medians count.
+two more searches. Only those count then: the best of three owes some of it to luck.
 """
 
 import os
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from goodput_load import Targets, Workload
-from goodput_search import find_goodput
+from goodput_search import find_goodput, median_of_rounds
 from goodput_system import Driver, Load, Machine, Measured, System
 from machine import describe_machine
 
@@ -87,8 +87,8 @@ class Result:
 
     @property
     def goodput(self) -> float:
-        """The median round."""
-        return statistics.median(self.rounds)
+        """Of all rounds."""
+        return median_of_rounds(self.rounds)
 
 
 async def calibrate(machine: Machine, workload: Workload, num_prompt_tokens: int) -> Targets:

@@ -127,3 +127,8 @@ def test_a_server_that_never_serves_has_no_goodput() -> None:
     found, points = asyncio.run(search.find_goodput(server.measure, guess=1.0))
     assert found == 0.0
     assert len(points) <= 12
+
+
+def test_the_search_that_chose_a_system_does_not_count_for_it() -> None:
+    assert search.median_of_rounds([3.0]) == 3.0
+    assert search.median_of_rounds([3.0, 2.0, 1.0]) == 1.5

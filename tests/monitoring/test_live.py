@@ -21,7 +21,6 @@ JOB = "antiphon"  # of the documented scrape configuration
 INTERVAL = "10s"  # for $__rate_interval
 NUM_PROCESSES = 7
 WAIT_SECONDS = 120.0
-LEFT_TO_PROMTOOL = {"AntiphonPredictionBias"}  # routers learn faster than a test can mislead them
 # What can only be caused when everything else has been seen.
 LOST = {"AntiphonPoolGone", "AntiphonTargetDown"}
 HANGING = {"AntiphonNoProgress", "AntiphonEngineStuck"}
@@ -100,7 +99,7 @@ async def scenario(folder: Path) -> None:
             system.spawn(watch.run())
             await faults.strike(system, session)
             names = {rule["alert"] for rule in alerts()}
-            await watch.wait_for(names - LOST - HANGING - DOWN - LEFT_TO_PROMTOOL)
+            await watch.wait_for(names - LOST - HANGING - DOWN)
             await every_query_finds_something(server)
             await labels_have_the_words_of_the_readme(server)
             await lose_colocated(system)

@@ -25,6 +25,7 @@ from antiphon.workers.batch import Batch
 
 _SLOW_SEND_SECONDS = 0.12
 _SLOW_STEP_SECONDS = 0.02
+_SLOW_SESSION_SECONDS = 1.0
 _NUM_REPEATS = 60
 _NUM_CUTS, _NUM_REPLAYS = 6, 10
 _LOST = {"reason": "lost", "outcome": "resumed"}
@@ -83,6 +84,7 @@ class Faults:
         await _break_links(system)  # while they are mostly idle, and breaking shuns nobody
         await self._damage_messages()  # while decode workers still ask this prefill worker
         await _cut_sessions(system)  # while routers know how busy the other workers are
+        system.proxy.delay_seconds = _SLOW_SESSION_SECONDS  # which no router has a notion of
         self._is_sending_slowly = True
         self._reader_goes_on.clear()
         system.decode[1]._telemetry.publish = lambda: None  # type: ignore[method-assign]

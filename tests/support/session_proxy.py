@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a worker's sessions, which can stop carrying and can cut."""
+"""A TCP proxy in front of a worker's sessions, which can be slow, stop carrying, and cut."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,7 @@ class SessionProxy:
     """Forwards connections to one worker; lives on the event loop."""
 
     def __init__(self, url: str) -> None:
+        self.delay_seconds = 0.0  # what arrives meanwhile goes on together, so up to twice as long
         self._target = urlsplit(url)
         self._flows = asyncio.Event()
         self._flows.set()
@@ -59,6 +60,7 @@ class SessionProxy:
         try:
             with contextlib.suppress(ConnectionError):
                 while data := await source.read(1 << 16):
+                    await asyncio.sleep(self.delay_seconds)
                     await self._flows.wait()
                     sink.write(data)
                     await sink.drain()
