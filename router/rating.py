@@ -54,7 +54,7 @@ class Rating:
     def __init__(self, config: RouterConfig, parameters: CostParameters, sent: SentWork) -> None:
         self._config = config
         self._sent = sent
-        self._target_model = TargetCostModel(parameters)
+        self._target_model = TargetCostModel(parameters, config.target_itl_seconds)
         has_targets = (config.target_ttft_seconds or config.target_itl_seconds) is not None
         self._model = self._target_model if has_targets else CostModel(parameters)
 
@@ -138,7 +138,7 @@ class Rating:
         if reason is not _REMOTE:
             num_tokens += prompt.num_tokens - 1 - num_cached
         num_streams = _num_generating(load, ledger) + 1
-        itl = self._target_model.intertoken_seconds(worker.card, load, num_streams, num_tokens)
+        itl = self._target_model.at_stake_seconds(worker.card, load, num_streams, num_tokens)
         return Predicted(seconds, itl)
 
     def _reason_for_local(

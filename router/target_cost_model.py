@@ -11,8 +11,10 @@ A full step is the longest, where prompts may wait. On a prefill worker they may
 that it computes are for streams elsewhere.
 """
 
+import math
+
 from antiphon.messages import Load, Role, WorkerCard
-from antiphon.router.cost_model import CostModel
+from antiphon.router.cost_model import CostModel, CostParameters
 
 # A prompt that takes as long beside streams counts as if it lasted: it is most of what an output of
 # a few dozen tokens meets. Shorter ones count in proportion.
@@ -20,10 +22,22 @@ _LASTING_SECONDS = 3.0
 # From KV in place to the first token: half of the step in progress, and one of its own.
 _FIRST_STEPS = 1.5
 _MAX_PROMPT_SHARE = 0.99
+# Where a full step is below this share of the target, prompts cannot break it (an engine that cuts
+# them to fit aims for 0.9), and only have to be shared out by the time to the first token.
+_HARMLESS_SHARE = 0.95
 
 
 class TargetCostModel(CostModel):
-    """The terms of a prediction, with what targets change about them."""
+    """The terms of a prediction, with what targets change about them.
+
+    Args:
+        parameters: Constants.
+        target_itl_seconds: Between the tokens of a stream, if there is such a target.
+    """
+
+    def __init__(self, parameters: CostParameters, target_itl_seconds: float | None = None) -> None:
+        super().__init__(parameters)
+        self._harmless_seconds = _HARMLESS_SHARE * (target_itl_seconds or math.inf)
 
     def prefill_seconds(self, load: Load, num_queued_tokens: int, num_tokens: int) -> float:
         """See ``CostModel``; longer beside streams."""
@@ -47,6 +61,19 @@ class TargetCostModel(CostModel):
             return load.decode_base_seconds + load.decode_stream_seconds * num_streams
         step = load.decode_step_seconds or self.parameters.default_decode_step_seconds
         return step * (1 + self.parameters.stream_slowdown * num_streams)
+
+    def at_stake_seconds(
+        self, card: WorkerCard, load: Load, num_streams: int, num_prompt_tokens: int
+    ) -> float:
+        """The time between tokens to hold against the target; see ``intertoken_seconds``.
+
+        A worker that generates for others keeps prompts within the target as far as it can.
+        """
+        step = self.step_seconds(load, num_streams)
+        is_known = card.role is not Role.PREFILL and load.prompt_gap_seconds > 0
+        if is_known and max(step, load.prompt_gap_seconds) <= self._harmless_seconds:
+            return step
+        return self.intertoken_seconds(card, load, num_streams, num_prompt_tokens)
 
     def intertoken_seconds(
         self, card: WorkerCard, load: Load, num_streams: int, num_prompt_tokens: int

@@ -80,6 +80,15 @@ def test_streams_that_a_prompt_would_hold_up_keep_it_away(cluster):
     assert choose(policy(10.0), pair(cluster, queued, streams(2))).reason is Reason.DECODE_ALONE
 
 
+@pytest.mark.parametrize(("full_step", "reason"), [(0.09, "decode_alone"), (0.099, "remote")])
+def test_prompts_that_no_step_lets_break_the_target_go_where_they_come_sooner(
+    cluster, full_step, reason
+):
+    # 7.4 s of 10 at the pair. Alone 2.3 s, in which every step is full.
+    view = pair(cluster, {"num_queued_tokens": 7000}, streams(2, full_step))
+    assert choose(policy(10.0), view).reason == reason
+
+
 def test_where_all_miss_the_least_miss_wins(cluster):
     view = pair(cluster, {"num_queued_tokens": 9000}, {"num_queued_tokens": 5000})
     assert choose(policy(), view).reason is Reason.DECODE_ALONE
