@@ -1,7 +1,4 @@
-"""Everything the chart renders is what Kubernetes and KubeRay accept.
-
-What has no schema here is read over in the golden files, or checked in ``test_operations.py``.
-"""
+"""Everything the chart renders is what Kubernetes, KubeRay and the operators accept."""
 
 from pathlib import Path
 from typing import Any
@@ -45,6 +42,16 @@ EVERYTHING = {
     "apiKeys": {"keys": ["sk-1", "sk-2"], "existingSecret": "", "secretKey": "file"},
     "service": {"type": "LoadBalancer", "annotations": {"a": "b"}},
     "serviceAccount": {"annotations": {"a": "b"}},
+    "httpRoute": {
+        "enabled": True,
+        "parentRefs": [{"name": "public", "namespace": "gateways", "sectionName": "https"}],
+        "hostnames": ["llm.example.com"],
+        "requestTimeout": "30m",
+    },
+    "scrapeConfig": {"enabled": True, "labels": {"a": "b"}, "keySecret": {"name": "one-key"}},
+    "podMonitor": {"enabled": True, "labels": {"a": "b"}},
+    "prometheusRule": {"enabled": True, "labels": {"a": "b"}},
+    "dashboards": {"enabled": True},
     "networkPolicy": {
         "restrictEgress": True,
         "egress": [{"ports": [{"port": 443}], "to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}],
@@ -79,15 +86,31 @@ def test_each_store_of_the_head_is_what_kuberay_accepts(helm: Helm, state: dict[
     check(helm.render(overrides={"head": {"state": state}}), VERSIONS[-1])
 
 
-def test_the_check_sees_a_wrong_field(helm: Helm) -> None:
-    right = helm.render()
-    for wrong in (
-        right.replace("groupName:", "groupname:"),
-        right.replace("readOnlyRootFilesystem:", "readOnlyRootFileSystem:"),
-        right.replace("minReplicas: 1", "minReplicas: one"),
-    ):
-        with pytest.raises(jsonschema.ValidationError):
-            check(wrong, VERSIONS[-1])
+@pytest.fixture(scope="module")
+def everything(helm: Helm) -> str:
+    return helm.render(CHART / "examples/multi-node.yaml", EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("groupName:", "groupname:"),
+        ("readOnlyRootFilesystem:", "readOnlyRootFileSystem:"),
+        ("minReplicas: 1", "minReplicas: one"),
+        ("type: PathPrefix", "type: Prefix"),  # HTTPRoute
+        ("request: 30m", "request: 30 minutes"),
+        ("parentRefs:", "parents:"),
+        ("httpSDConfigs:", "httpSdConfigs:"),  # ScrapeConfig
+        ("refreshInterval: 15s", "refreshInterval: quarterly"),
+        ("podMetricsEndpoints:", "endpoints:"),  # PodMonitor
+        ("alert: AntiphonDown", "alarm: AntiphonDown"),  # PrometheusRule
+        ("for: 5m", "for: five minutes"),
+    ],
+)
+def test_the_check_sees_a_wrong_field(everything: str, right: str, wrong: str) -> None:
+    assert right in everything
+    with pytest.raises(jsonschema.ValidationError):
+        check(everything.replace(right, wrong), VERSIONS[-1])
 
 
 def test_examples_render_as_before(rendered: str, example: Path) -> None:

@@ -1,7 +1,8 @@
-"""Holds what the chart renders against the schemas of Kubernetes and KubeRay.
+"""Holds what the chart renders against the schemas of Kubernetes and of what is added to it.
 
-Pods inside the RayService are checked as pods. The kinds of the Gateway API and of the Prometheus
-operator have no schema here.
+Kubernetes' own kinds are those of ``kubernetes-validate``, the Prometheus operator's those of
+cloudcoil, which generates its models from the operator's; KubeRay's and the Gateway API's lie in
+tests/helm. Pods inside the RayService are checked as pods.
 """
 
 import functools
@@ -10,9 +11,9 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import yaml
+from cloudcoil.models.prometheus_operator import v1, v1alpha1
 from helm_chart import ROOT, objects, only
 
-WITHOUT_SCHEMA = {"HTTPRoute", "PodMonitor", "PrometheusRule", "RayService", "ScrapeConfig"}
 VERSIONS = ["1.29", "1.37"]  # the oldest that Chart.yaml allows, and the newest schemas
 
 
@@ -30,14 +31,30 @@ def closed(schema: Any) -> Any:
 
 
 @functools.cache
-def rayservice_schema() -> jsonschema.Draft202012Validator:
-    text = (ROOT / "tests/helm/rayservice.yaml").read_text()
-    return jsonschema.Draft202012Validator(closed(yaml.safe_load(text)))
+def custom_kinds() -> dict[str, jsonschema.Draft202012Validator]:
+    """The kinds that Kubernetes itself does not have."""
+    rayservice, httproute = (
+        {"properties": {"spec": yaml.safe_load((ROOT / "tests/helm" / name).read_text())}}
+        for name in ("rayservice.yaml", "httproute.yaml")
+    )
+    operators = (v1.PodMonitor, v1.PrometheusRule, v1alpha1.ScrapeConfig)
+    return {
+        "RayService": _validator(rayservice),
+        "HTTPRoute": _validator(httproute),
+        **{kind.__name__: _validator(kind.model_json_schema()) for kind in operators},
+    }
+
+
+def _validator(schema: dict[str, Any]) -> jsonschema.Draft202012Validator:
+    schema = closed(schema)
+    whole = ("apiVersion", "kind", "metadata")  # where the schema is of the spec alone
+    schema["properties"] = {**dict.fromkeys(whole, True), **schema["properties"]}
+    return jsonschema.Draft202012Validator({**schema, "required": [*whole, "spec"]})
 
 
 def parts(rendered: str) -> list[dict[str, Any]]:
     """All that Kubernetes has a schema for, what is inside the RayService too."""
-    found = [item for item in objects(rendered) if item["kind"] not in WITHOUT_SCHEMA]
+    found = [item for item in objects(rendered) if item["kind"] not in custom_kinds()]
     spec = only(rendered, "RayService")["spec"]
     cluster = spec["rayClusterConfig"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
@@ -57,8 +74,10 @@ def nulls(part: Any, path: str) -> list[str]:
 
 
 def check(rendered: str, version: str) -> None:
-    """Fail if Kubernetes of a version, or KubeRay, would refuse something or drop a field."""
+    """Fail if Kubernetes of a version would refuse something, or drop a field."""
     assert nulls(objects(rendered), "") == []
-    rayservice_schema().validate(only(rendered, "RayService")["spec"])
+    for item in objects(rendered):
+        if schema := custom_kinds().get(item["kind"]):
+            schema.validate(item)
     for part in parts(rendered):
         kubernetes_validate.validate(part, version, strict=True)
