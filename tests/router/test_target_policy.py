@@ -265,11 +265,11 @@ def test_targets_compare_by_the_larger_ratio():
     assert targets.better(stalled, [Predicted(0.5, 0.119)]) is None  # no clear difference
 
 
-def test_within_the_safe_share_only_much_quicker_counts():
+def test_within_the_safe_share_only_clearly_quicker_counts():
     targets = Targets(RouterConfig(target_ttft_seconds=2.0, target_itl_seconds=0.1))
     slow = Predicted(0.9, 0.04)
     assert not targets.are_safe(slow)
-    assert targets.better(slow, [Predicted(0.7, 0.04)]) is None
+    assert targets.better(slow, [Predicted(0.85, 0.04)]) is None
     assert targets.better(slow, [Predicted(0.5, 0.05)]) == 0
     assert targets.better(slow, [Predicted(0.5, 0.06)]) is None  # not at a stream's cost
 
