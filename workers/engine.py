@@ -227,7 +227,10 @@ class Engine:
 
     def _schedule(self) -> Batch | None:
         batch = self._scheduler.schedule(time.monotonic())
-        for request in self._scheduler.take_reserved():
+        if reserved := self._scheduler.take_reserved():
+            # Steps that are queued on a device may still write to blocks that were freed since.
+            self._runner.settle()
+        for request in reserved:
             self._listener.on_reserved(request)
         self._report_prefilled()
         return batch

@@ -85,6 +85,19 @@ class ModelRunner:
         tokens = {c.request.request_id: t for c, t in zip(sampling, drawn, strict=True)}
         return [tokens[c.request.request_id] for c in batch.chunks if c.samples]
 
+    def settle(self) -> None:
+        """Wait for all that steps have queued on the device; on the thread that calls ``run``.
+
+        ``run`` waits for samples alone, so after a step without any, or one that was abandoned or
+        has failed, kernels may still be to come that write KV. Whoever lets another stream write to
+        blocks that were freed calls this first. Graphs are replayed on the same stream. On a CPU
+        nothing is queued. On a GPU little is lost: the next step's inputs are copied from pageable
+        memory, which waits for the stream as well.
+        """
+        device = self.model.device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
     def _logits(self, chunks: list[Chunk], is_abandoned: Callable[[], bool]) -> Tensor:
         rows = [
             _Row(c.request.block_table, c.start, c.request.tokens(c.start, c.start + c.num_tokens))

@@ -68,6 +68,9 @@ class SimulatedWorker:
         self.pools.clock.now += self.steps[-1].seconds
         return [1] * sum(chunk.samples for chunk in batch.chunks)
 
+    def settle(self) -> None:
+        """A step is over when its time is."""
+
     def _begin_step(self) -> None:
         engine, clock = self.engine, self.pools.clock
         engine._apply_commands(wait=False)

@@ -40,6 +40,9 @@ class ScriptedRunner:
             raise self.failures.pop()
         return [TOKEN] * sum(chunk.samples for chunk in batch.chunks)
 
+    def settle(self) -> None:
+        pass
+
     def close_gate(self) -> None:
         self.gate = threading.Semaphore(0)
 
