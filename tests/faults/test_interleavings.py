@@ -19,7 +19,7 @@ from torch import Tensor
 from turns import Choose
 
 from antiphon.errors import HandoffError
-from antiphon.workers.handoff.endpoint import KVStore
+from antiphon.workers.handoff.endpoint import SegmentTarget
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.memory import Fault
 from antiphon.workers.handoff.segment import Header
@@ -142,10 +142,12 @@ def _fence_without_lock(self: Incoming) -> bool:
     return was_live
 
 
-def _take_when_dead(self: Incoming, header: Header, payload: Tensor, store: KVStore) -> str | None:
+def _take_when_dead(
+    self: Incoming, header: Header, payload: Tensor, target: SegmentTarget
+) -> str | None:
     with self._lock:
-        self._check(header, payload, store.num_bytes_per_token)
-        store.scatter(self._block_table, header.start, header.end, payload)
+        self._check(header, target.checksum(payload), target.num_bytes_per_token)
+        target.scatter(self._block_table, header.start, header.end, payload)
         self._next = header.end
         return None
 

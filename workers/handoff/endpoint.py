@@ -12,22 +12,29 @@ from antiphon.workers.handoff.wire import WireFormat
 
 
 class SegmentTarget(Protocol):
-    """Where segments are written to."""
+    """Where segments are checked and written to; done on return."""
 
     num_bytes_per_token: int
+
+    def checksum(self, payload: Tensor) -> int:
+        """Of a segment; see ``segment.checksum``."""
 
     def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
         """Copy a segment, uint8 in wire order, to tokens ``[start, end)``."""
 
 
-class KVStore(SegmentTarget, Protocol):
+class KVStore(Protocol):
     """The KV cache, as the hand-off sees it. On a GPU copies are only queued on return."""
 
+    num_bytes_per_token: int
     device: torch.device
     block_size: int
 
     def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
         """Copy KV of tokens ``[start, end)`` to ``out``, uint8 in wire order, on ``device``."""
+
+    def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
+        """Copy a segment, uint8 in wire order, to tokens ``[start, end)``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from antiphon.errors import SegmentRejectedError
-from antiphon.workers.handoff.segment import Header, SenderAccount, checksum
+from antiphon.workers.handoff.segment import Header, SenderAccount
 
 if TYPE_CHECKING:
     from antiphon.workers.handoff.endpoint import SegmentTarget
@@ -66,12 +66,15 @@ class Incoming:
         Raises:
             SegmentRejectedError: The transfer can't be completed any more; nothing was written.
         """
+        # Without the lock, for which ``fence`` may wait on the event loop. The payload stays as it
+        # is: its buffer is the calling thread's.
+        checksum = target.checksum(payload)
         with self._lock:
             if not self._is_live:
                 return "unknown_transfer"
             if header.end <= self._next and header.start >= self._start:
                 return "duplicate"
-            self._check(header, payload, target.num_bytes_per_token)
+            self._check(header, checksum, target.num_bytes_per_token)
             target.scatter(self._block_table, header.start, header.end, payload)
             self._next = header.end
             return None
@@ -87,7 +90,7 @@ class Incoming:
                 f"range: the sender is done at token {header.end}, but {self.progress}"
             )
 
-    def _check(self, header: Header, payload: Tensor, bytes_per_token: int) -> None:
+    def _check(self, header: Header, checksum: int, bytes_per_token: int) -> None:
         span = f"[{header.start}, {header.end})"
         if header.start != self._next or header.end > self._end:
             raise SegmentRejectedError(
@@ -99,5 +102,5 @@ class Incoming:
             raise SegmentRejectedError(
                 f"size: segment {span} has {header.num_payload_bytes} bytes, not {expected_bytes}"
             )
-        if checksum(payload) != header.payload_checksum:
+        if checksum != header.payload_checksum:
             raise SegmentRejectedError(f"checksum: segment {span} is corrupt")

@@ -7,8 +7,14 @@ GPU the copies run on a stream of the link's own, so that the engine's stream ne
                                        └──▶ link's stream   gather ─ copy to the host ─┐
     link's thread                                                    waits for that ◀──┘  send
 
-``mark`` is what keeps the wire from reading KV before it is written. The other way round no mark is
-needed: the engine is told of KV after the link's thread has waited for its scatter.
+``mark`` is what keeps the wire from reading KV before it is written. The other way round there are
+two orders to keep, and neither needs a mark. The engine reads KV after it was told of it, which is
+after the link's thread has waited for its scatter. And a scatter writes to blocks after every step
+that may have used them before, since the engine waits for the steps that it has queued before it
+gives blocks to a hand-off (``ModelRunner.settle``).
+
+Checksums are computed on the link's stream too, and buffers beside the cache come from its memory:
+what the engine's stream has freed may still be in use by kernels that are queued there.
 
 No GPU has run this. The order is tested with streams that only take notes.
 """
@@ -22,7 +28,7 @@ import torch
 from torch import Tensor
 
 from antiphon.workers.handoff.endpoint import KVStore
-from antiphon.workers.handoff.segment import HEADER_BYTES
+from antiphon.workers.handoff.segment import HEADER_BYTES, checksum
 from antiphon.workers.handoff.transport import Place
 
 _MAX_TEXT_BYTES = 4096  # of a message that is not KV
@@ -36,7 +42,10 @@ class Streams(Protocol):
         """On the engine's thread: what it has queued so far, for ``copying``."""
 
     def copying(self, after: Any) -> contextlib.AbstractContextManager[None]:
-        """Run what is inside after a mark, or after nothing if it is None; done on exit."""
+        """Run what is inside after a mark, or after nothing if it is None.
+
+        Done on exit, also of what an error has cut short.
+        """
 
 
 class NoStreams:
@@ -72,13 +81,15 @@ class CudaStreams:
     @contextlib.contextmanager
     def copying(self, after: Any) -> Iterator[None]:
         """Queue what is inside on the link's stream, then wait for that stream alone."""
-        if self._stream is None:  # a link that is only prewarmed needs none
+        if self._stream is None:  # a link that is only prewarmed may need none
             self._stream = self._cuda.Stream(self._device)
-        with self._cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
-            yield
-        self._stream.synchronize()
+        try:
+            with self._cuda.stream(self._stream):
+                if after is not None:
+                    self._stream.wait_event(after)
+                yield
+        finally:  # after an error, too, blocks and buffers go to others
+            self._stream.synchronize()
 
 
 def streams_for(device: torch.device) -> Streams:
@@ -176,14 +187,18 @@ class Staging:
 
     def next_frame(self, num_bytes: int) -> Frame:
         """The buffer that was not used last, with room for so many bytes of KV."""
-        self._turn = 1 - self._turn
-        frame = self._frames[self._turn]
+        turn = 1 - self._turn
+        frame = self._frames[turn]
         if frame is None or frame.capacity < num_bytes:
             before = self.num_bytes
-            frame = Frame(num_bytes, self._beside, self._is_pinned)
-            self._frames[self._turn] = frame
+            frame = self._frames[turn] = self._new_frame(num_bytes)
             self._on_resized(self.num_bytes - before)
+        self._turn = turn
         return frame
+
+    def put_back(self) -> None:
+        """Take the buffer of the last ``next_frame`` as unused: nothing was sent from it."""
+        self._turn = 1 - self._turn
 
     def gather(
         self, block_table: Sequence[int], span: tuple[int, int], out: Tensor, after: Any
@@ -203,10 +218,21 @@ class Staging:
                 beside_cache.copy_(segment, non_blocking=True)
             self._store.scatter(block_table, start, end, beside_cache)
 
+    def checksum(self, payload: Tensor) -> int:
+        """Of a payload buffer; see ``segment.checksum``."""
+        with self._streams.copying(None):
+            return checksum(payload)
+
     def release(self) -> None:
         """Let go of the memory."""
         self._on_resized(-self.num_bytes)
         self._frames, self._scratch = [None, None], _EMPTY
+
+    def _new_frame(self, num_bytes: int) -> Frame:
+        if self._beside is None:
+            return Frame(num_bytes, None, self._is_pinned)
+        with self._streams.copying(None):
+            return Frame(num_bytes, self._beside, self._is_pinned)
 
     def _beside_cache(self, payload: Tensor) -> Tensor:
         if payload.device.type == self.device.type:

@@ -8,6 +8,8 @@ from torch import Tensor
 from antiphon.errors import HandoffError, SegmentRejectedError
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.segment import Epochs, Header, Kind, checksum
+from antiphon.workers.handoff.staging import Staging
+from antiphon.workers.handoff.transport import Place
 
 EPOCHS = Epochs.of("prefill-1", "decode-1")
 
@@ -15,6 +17,11 @@ EPOCHS = Epochs.of("prefill-1", "decode-1")
 @pytest.fixture
 def store() -> FakeStore:
     return FakeStore()
+
+
+@pytest.fixture
+def target(store: FakeStore) -> Staging:
+    return Staging(store, Place.HOST, lambda change: None)
 
 
 @pytest.fixture
@@ -31,13 +38,40 @@ def _segment(start: int, end: int) -> tuple[Header, Tensor]:
     return header, payload
 
 
-def test_nothing_is_written_after_the_fence(incoming, store):
-    assert incoming.take(*_segment(2, 4), store) is None
+def test_nothing_is_written_after_the_fence(incoming, store, target):
+    assert incoming.take(*_segment(2, 4), target) is None
     before = store.slots.clone()
     assert incoming.fence()
-    assert incoming.take(*_segment(4, 6), store) == "unknown_transfer"
+    assert incoming.take(*_segment(4, 6), target) == "unknown_transfer"
     assert store.slots.equal(before)
     assert incoming.num_received == 2
+
+
+def test_a_fence_waits_for_no_checksum(incoming, store, target):
+    """Which takes as long as a GPU has other things to do; ``cancel`` is called on the loop."""
+    compute = target.checksum
+
+    def fence_meanwhile(payload: Tensor) -> int:
+        fencing = threading.Thread(target=incoming.fence, daemon=True)
+        fencing.start()
+        fencing.join(5)
+        assert not fencing.is_alive()
+        return compute(payload)
+
+    target.checksum = fence_meanwhile
+    assert incoming.take(*_segment(2, 4), target) == "unknown_transfer"
+    assert not store.slots.any()
+
+
+def test_a_damaged_segment_is_rejected_and_a_doubled_one_discarded(incoming, store, target):
+    header, payload = _segment(2, 4)
+    payload[0] ^= 1
+    with pytest.raises(SegmentRejectedError, match=r"segment \[2, 4\) is corrupt"):
+        incoming.take(header, payload, target)
+    assert not store.slots.any()
+    payload[0] ^= 1
+    assert incoming.take(header, payload, target) is None
+    assert incoming.take(header, payload, target) == "duplicate"
 
 
 def test_only_one_caller_gets_to_end_it(incoming):
@@ -51,9 +85,9 @@ def test_only_one_caller_gets_to_end_it(incoming):
 
 
 @pytest.mark.parametrize("span", [(1, 3), (3, 5), (0, 2), (2, 9)])
-def test_ranges_that_do_not_continue_are_rejected(incoming, store, span):
+def test_ranges_that_do_not_continue_are_rejected(incoming, store, target, span):
     with pytest.raises(SegmentRejectedError, match="does not continue at token 2"):
-        incoming.take(*_segment(*span), store)
+        incoming.take(*_segment(*span), target)
     assert not store.slots.any()
 
 
