@@ -65,45 +65,51 @@ class HandoffSender:
             first_token: First token to send.
 
         Raises:
-            WorkerBusyError: All links are in use; nothing was opened.
+            WorkerBusyError: All links are in use, or no thread can be started for another; nothing
+                was opened.
             LinkBrokenError: The sender is closed.
         """
         unused: list[SenderLink] = []
-        with self._lock:
-            self._check_open()
-            if transfer_id in self._transfers:
-                raise ValueError(f"transfer {transfer_id} is open already")
-            key = (offer.address, offer.link_id)
-            link = self._links.pop(key, None)
-            if link is None:
-                unused = self._let_go(offer.receiver_incarnation) or self._make_room()
-                link = self._new_link(offer)
-            self._links[key] = link
-            self._transfers[transfer_id] = link
-            link.add(Outgoing(transfer_id, first_token, first_token))
-        for each in unused:
-            each.close()
+        try:
+            with self._lock:
+                self._check_open()
+                if transfer_id in self._transfers:
+                    raise ValueError(f"transfer {transfer_id} is open already")
+                key = (offer.address, offer.link_id)
+                link = self._links.pop(key, None)
+                if link is None:
+                    unused = self._let_go(offer.receiver_incarnation) or self._make_room()
+                    link = self._new_link(offer)
+                self._links[key] = link
+                self._transfers[transfer_id] = link
+                link.add(Outgoing(transfer_id, first_token, first_token))
+        finally:  # nobody else knows of them, whatever became of the new one
+            for each in unused:
+                each.close()
 
     def prewarm(self, offer: LinkOffer) -> None:
         """Make a link before a transfer wants it, in the background.
 
         Raises:
             WorkerBusyError: No link more is allowed; none is given up for one that may be wanted.
+                Or no thread can be started for it.
             LinkBrokenError: The sender is closed.
         """
-        with self._lock:
-            self._check_open()
-            key = (offer.address, offer.link_id)
-            if key in self._links:
-                return
-            unused = self._let_go(offer.receiver_incarnation)
-            is_allowed = len(self._links) < self._limits.max_links
-            if is_allowed:
+        unused: list[SenderLink] = []
+        try:
+            with self._lock:
+                self._check_open()
+                key = (offer.address, offer.link_id)
+                if key in self._links:
+                    return
+                unused = self._let_go(offer.receiver_incarnation)
+                if len(self._links) >= self._limits.max_links:
+                    num_links = self._limits.max_links
+                    raise WorkerBusyError(f"{num_links} hand-off links are open already")
                 self._links[key] = self._new_link(offer)
-        for each in unused:
-            each.close()
-        if not is_allowed:
-            raise WorkerBusyError(f"{self._limits.max_links} hand-off links are open already")
+        finally:
+            for each in unused:
+                each.close()
 
     def leave(self, receiver_incarnation: str) -> None:
         """Give up the links to a receiver that is lost, each with the end of its last transfer.
@@ -177,7 +183,10 @@ class HandoffSender:
 
     def _new_link(self, offer: LinkOffer) -> SenderLink:
         link = SenderLink(self._endpoint, self._limits, offer, self._tally, self._log)
-        link.start(self._lock, self._end)
+        try:
+            link.start(self._lock, self._end)
+        except RuntimeError as error:  # the pod's bound of threads is reached
+            raise WorkerBusyError(f"no hand-off link can be started: {error}") from error
         return link
 
     def _let_go(self, receiver_incarnation: str) -> list[SenderLink]:

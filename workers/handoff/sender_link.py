@@ -227,30 +227,38 @@ class SenderLink:
     def _launch(self, link: Link, message: Message) -> Flight | None:
         """Put a message on the wire; None if its KV can't be read, which aborts its transfer."""
         num_bytes = 0
-        try:
-            if message.kind is Kind.DATA:
-                num_tokens = message.span[1] - message.span[0]
-                num_bytes = num_tokens * self._staging.num_bytes_per_token
+        if message.kind is Kind.DATA:
+            num_bytes = (message.span[1] - message.span[0]) * self._staging.num_bytes_per_token
+            try:
                 tensors = self._segment(message, num_bytes)
-            else:
-                reason = as_tensor((message.abort_reason or "").encode()[:_MAX_REASON_BYTES])
-                tensors = [torch.cat([as_tensor(self._header(message, reason).pack()), reason])]
-        except Exception as error:
-            with self._changed:
-                message.transfer.abort_reason = f"reading the KV cache failed: {error!r}"
-            return None
+            except Exception as error:
+                with self._changed:
+                    message.transfer.abort_reason = f"reading the KV cache failed: {error!r}"
+                return None
+        else:  # an error breaks the link: nothing else would end the transfer any more
+            tensors = [self._last_word(message)]
         began = time.perf_counter()
         return Flight(message, num_bytes, began, link.start_send(tensors))
+
+    def _last_word(self, message: Message) -> Tensor:
+        reason = as_tensor((message.abort_reason or "").encode()[:_MAX_REASON_BYTES])
+        header = self._header(message, reason.numel(), checksum(reason))
+        return torch.cat([as_tensor(header.pack()), reason])
 
     def _segment(self, message: Message, num_bytes: int) -> list[Tensor]:
         if message.transfer.began_at is None:
             message.transfer.began_at = time.monotonic()
         frame = self._staging.next_frame(num_bytes)
         payload = frame.payload(num_bytes)
-        self._staging.gather(message.block_table, message.span, payload, message.mark)
-        return frame.tensors(self._header(message, payload).pack(), num_bytes)
+        try:
+            self._staging.gather(message.block_table, message.span, payload, message.mark)
+            header = self._header(message, num_bytes, self._staging.checksum(payload))
+        except Exception:
+            self._staging.put_back()  # the other one may be on the wire
+            raise
+        return frame.tensors(header.pack(), num_bytes)
 
-    def _header(self, message: Message, payload: Tensor) -> Header:
+    def _header(self, message: Message, num_bytes: int, payload_checksum: int) -> Header:
         is_end = message.kind is Kind.END
         said = account(message.transfer, time.monotonic()) if is_end else SenderAccount()
         return Header(
@@ -258,8 +266,8 @@ class SenderLink:
             self._epochs,
             bytes.fromhex(message.transfer.transfer_id),
             *message.span,
-            payload.numel(),
-            checksum(payload),
+            num_bytes,
+            payload_checksum,
             said,
         )
 
