@@ -4,9 +4,10 @@
     antiphon serve --config    as it is
     serve run, serve deploy    as ``args`` and ``deployments`` of each application whose import path
                                is ours
-    the chart                  as ``config``
+    the chart                  as ``config``, which may be missing
 
-Neither ``applications`` nor ``config`` is a key of the document, so the file says what it is.
+Neither ``applications`` nor any value of the chart is a key of the document, so the file says what
+it is.
 """
 
 from collections.abc import Iterable
@@ -20,6 +21,13 @@ from antiphon.deployment.serve_document import IMPORT_PATH, configuration_of
 from antiphon.errors import ConfigError
 
 _CHART_KEYS = "/etc/antiphon/api-keys"  # where its pods have the file of API keys
+_CHART_VALUES = {
+    "config", "image", "imagePullSecrets", "nameOverride", "ray", "head", "pools", "env",
+    "sharedMemory", "objectStoreMemory", "modelCache", "models", "autoscaling", "upgrade",
+    "terminationGracePeriodSeconds", "service", "ingress", "httpRoute", "apiKeys", "scrapeConfig",
+    "podMonitor", "dashboards", "prometheusRule", "podDisruptionBudget", "networkPolicy",
+    "serviceAccount", "securityContext",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +58,15 @@ def documents_in(data: dict[str, Any], path: Path) -> list[Document]:
         return [Document(str(path), data)]
     if "applications" in data:
         return _of_applications(path, data["applications"])
-    if "config" in data:
-        return [Document(f"{path}: config", _of_chart(data["config"], data.get("apiKeys")))]
+    if "config" in data or _are_values_without_config(data):
+        document = _of_chart(data.get("config", {}), data.get("apiKeys"))
+        return [Document(f"{path}: config", document)]
     return [Document(str(path), data)]
+
+
+def _are_values_without_config(data: dict[str, Any]) -> bool:
+    """Whether all keys are the chart's; ``models`` alone is rather a mistyped ``model``."""
+    return data.keys() <= _CHART_VALUES and data.keys() - {"models"} != set()
 
 
 def _of_chart(config: Any, keys: Any) -> Any:

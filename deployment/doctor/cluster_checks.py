@@ -2,10 +2,10 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from antiphon.deployment.doctor.facts import OUT_OF_TIME, ClusterFacts, Finding, Severity
-from antiphon.deployment.doctor.placement import needs, nodes_for, place
+from antiphon.deployment.doctor.placement import ingress_needs, needs, nodes_for, place
 
 _PACKAGES = "install antiphon {version} on every node, with one constraints.txt and Python"
 # Nothing in serving depends on clocks; logs, traces and metrics of one request do.
@@ -87,20 +87,33 @@ def check_model(facts: ClusterFacts) -> Iterator[Finding]:
 
 
 def check_placement(facts: ClusterFacts) -> Iterator[Finding]:
-    """Every worker of every pool finds a place on nodes that hold nothing else."""
+    """Every worker and every ingress finds a place on nodes that hold nothing else."""
     if not facts.members:
         return  # said already
-    for role, missing in place(facts.config, facts.members).missing.items():
+    placement = place(facts.config, facts.members)
+    for role, missing in placement.missing.items():
         pool = facts.config.pools[role]
         able = len(nodes_for(facts.config, role, facts.members))
-        each = ", ".join(f"{name} {amount:g}" for name, amount in needs(pool).items()) or "nothing"
         yield Finding(
             "cluster",
             f"room for {pool.replicas - missing} of {pool.replicas} {role} workers; {able} of "
             f"{len(facts.members)} nodes can hold one",
-            f"for each of them {each}",
+            f"for each of them {_named(needs(pool))}",
             f"start more nodes, or Ray on them with other --resources; or lower {role}.replicas",
         )  # fmt: skip
+    if placement.missing_ingresses:
+        http = facts.config.http
+        yield Finding(
+            "cluster",
+            f"room for {http.ingress_replicas - placement.missing_ingresses} of "
+            f"{http.ingress_replicas} of the ingress beside the workers",
+            f"for each of them {_named(ingress_needs(http))}",
+            "start Ray on nodes with other --resources; or change http.resources",
+        )  # fmt: skip
+
+
+def _named(wanted: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {amount:g}" for name, amount in wanted.items()) or "nothing"
 
 
 def check_ports(facts: ClusterFacts) -> Iterator[Finding]:

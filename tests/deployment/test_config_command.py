@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from antiphon.config import AntiphonConfig
 from antiphon.config_loading import parse_config
 from antiphon.deployment.cli import app
+from antiphon.deployment.config_document import documents_in
 from antiphon.deployment.serve_document import IMPORT_PATH, serve_document
 
 with warnings.catch_warnings():
@@ -113,6 +114,22 @@ def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
 def test_the_chart_s_file_of_keys_counts(tmp_path: Path, keys: Any, exit_code: int) -> None:
     values = {"config": {"http": {"metrics_need_key": True}}, "apiKeys": keys}
     assert run(tmp_path, "check", values).exit_code == exit_code
+
+
+def test_values_of_the_chart_may_leave_the_document_out(tmp_path: Path) -> None:
+    result = run(tmp_path, "check", {"image": {"repository": "r/antiphon"}, "models": {}})
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{tmp_path}/file.yaml: config: ok")
+    values = yaml.safe_load((ROOT / "helm/antiphon/values.yaml").read_text())
+    for name in values.keys() - {"config", "models"}:
+        assert documents_in({name: values[name]}, Path("f"))[0].origin == "f: config", name
+
+
+@pytest.mark.parametrize("key", ["modle", "models", "apiKey"])
+def test_a_mistyped_key_is_not_taken_for_a_value_of_the_chart(tmp_path: Path, key: str) -> None:
+    result = run(tmp_path, "check", {key: {}})
+    assert result.exit_code == 1
+    assert f"{key}: unknown key" in result.stderr
 
 
 @pytest.mark.parametrize("content", ["", "config:\n", "config: {}\n"])

@@ -67,6 +67,8 @@ PROBLEMS: dict[str, tuple[ClusterFacts, str, str, str]] = {
         "room for 4 of 5 decode workers; 2 of 4"),
     "no such resource": (cluster(config=config(prefill={"resources": {"fast": 1}})), "placement",
         "cluster", "room for 0 of 2 prefill workers; 0 of 4"),
+    "no place for the ingress": (cluster(config=config(http={"resources": {"edge": 0.01}})),
+        "placement", "cluster", "room for 0 of 1 of the ingress"),
     "no driver": (with_node("p", gpus=(), gpu_error="too old"), "devices", "p", "too old"),
     "lost GPU": (with_node("p", gpus=(H100,)), "devices", "p", "offers 2 GPU(s), torch finds 1"),
     "unknown GPU": (with_node("p", gpus=(GpuFacts("L40S", "sm_89", 48 * GB, 47 * GB),) * 2),

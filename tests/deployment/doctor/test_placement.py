@@ -30,6 +30,18 @@ def test_parts_of_a_cpu_add_up() -> None:
     assert place(config, [node("a", CPU=1)]).missing == {}
 
 
+def test_ingresses_get_what_workers_leave_and_the_rest_is_counted() -> None:
+    http = {"ingress_replicas": 3, "resources": {"edge": 0.5, "x": 0.1, "unused": 0}}
+    config = parse_config({"prefill": {"resources": {"x": 1}}, "decode": {}, "http": http})
+    members = [node("a", CPU=2, x=1, edge=4), node("b", x=1, edge=1)]
+    assert place(config, members).missing_ingresses == 1, "x of a is the worker's"
+    assert place(config, [*members, node("c", x=0.1, edge=0.5)]).missing_ingresses == 0
+
+
+def test_an_ingress_that_asks_for_nothing_fits_anywhere() -> None:
+    assert place(parse_config({}), [node("a", CPU=2)]).missing_ingresses == 0
+
+
 def test_only_pools_with_workers_have_nodes() -> None:
     config = parse_config({"prefill": {"replicas": 0}, "decode": {"resources": {"d": 1}}})
     members = [node("a", CPU=1), node("b", CPU=1, d=1)]
