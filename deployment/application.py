@@ -24,6 +24,7 @@ from ray.serve.handle import DeploymentHandle
 
 from antiphon.config import AntiphonConfig, PoolConfig
 from antiphon.config_loading import parse_config
+from antiphon.deployment.pod_readiness import PodReadiness
 from antiphon.deployment.serve_document import INGRESS_NAME
 from antiphon.messages import Role
 from antiphon.router.discovery import pack_card
@@ -48,6 +49,8 @@ class WorkerReplica:
         # Spinning OpenMP threads starve whatever shares the cores; must be set before torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         configure_logging()
+        self._readiness = PodReadiness(os.environ)
+        self._readiness.loading()
         from antiphon.workers.model_source import resolve_model
         from antiphon.workers.start import start_worker
         from antiphon.workers.worker_settings import WorkerSettings
@@ -71,6 +74,7 @@ class WorkerReplica:
         )
         self._drain_seconds = parsed.pools[role].drain_seconds
         self.worker = await start_worker(settings)
+        self._readiness.serving()
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Tell every ingress who this worker is."""
@@ -85,6 +89,7 @@ class WorkerReplica:
         """Finish what is here, hand over the rest, then stop; called once by Serve at shutdown."""
         worker = getattr(self, "worker", None)
         if worker is not None:
+            self._readiness.leaving()
             await worker.drain(self._drain_seconds)
             await worker.close()
 

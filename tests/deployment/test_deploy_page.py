@@ -59,6 +59,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors, target
 
 
+def test_what_kuberay_does_not_take_over_at_once_is_not_promised() -> None:
+    """It compares clusters without numbers of pods, and leaves a Service that exists as it is."""
+    rows = [line.split("|")[1:3] for line in PAGES[0].read_text().splitlines() if line[:1] == "|"]
+    effects = {what.strip(): effect.strip() for what, effect in rows}
+    (at_once,) = [what for what, effect in effects.items() if effect.startswith("Applied at once")]
+    assert "service" not in at_once.lower()
+    assert effects["`service.type`"].startswith("Nothing, until")
+    (another,) = [what for what, effect in effects.items() if "second cluster" in effect]
+    assert "`maxPods`" in another
+
+
 def start_commands() -> dict[str, list[str]]:
     config: dict[str, Any] = yaml.safe_load(CLUSTER.read_text())
     return {kind: config[f"{kind}_start_ray_commands"] for kind in ("head", "worker")}

@@ -21,6 +21,7 @@ from helm_chart import CHART, Helm, only, serve_config
 from processes import Product, free_port, wait_for
 
 from antiphon.config import DEFAULT_MODEL
+from antiphon.deployment.pod_readiness import FOLDER_VARIABLE, why_not_ready
 
 pytestmark = pytest.mark.e2e
 
@@ -31,6 +32,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
     monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as KubeRay does where ray.auth is token
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
     monkeypatch.setenv("RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S", "1")
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "pod"))  # one for all: they share a machine
     port = free_port()
     (tmp_path / "helm").mkdir()
     helm = Helm(tmp_path / "helm")
@@ -79,9 +81,9 @@ def replicas(address: str) -> dict[str, str]:
 
 
 def test_the_rendered_application_answers_and_a_pod_leaves_without_cutting_a_stream(
-    nodes: tuple[str, int], product: Product
+    nodes: tuple[str, int], product: Product, tmp_path: Path
 ) -> None:
-    address, _ = nodes
+    address, port = nodes
     client = openai.OpenAI(base_url=f"{product.url}/v1", api_key="none", max_retries=0)
     before = replicas(address)
     assert len({before["prefill"], before["decode"]}) == 2, "each pool has its own pods"
@@ -106,11 +108,9 @@ def test_the_rendered_application_answers_and_a_pod_leaves_without_cutting_a_str
         load = product.workers("decode")[0]["load"]
         return bool(load and load["num_running"])
 
-    with ThreadPoolExecutor() as threads:
-        answer = threads.submit(read_stream)
-        wait_for(is_streaming, 20)
+    def drain() -> subprocess.CompletedProcess[str]:
         command = [Path(sys.executable).parent / "antiphon", "drain", "--within", "100"]
-        left = subprocess.run(
+        return subprocess.run(
             [*command, "--node", before["decode"]],
             env={**os.environ, "RAY_ADDRESS": address},
             capture_output=True,
@@ -118,8 +118,21 @@ def test_the_rendered_application_answers_and_a_pod_leaves_without_cutting_a_str
             timeout=120,
             check=False,
         )
+
+    def readiness() -> str | None:
+        return why_not_ready(tmp_path / "pod", port)
+
+    assert readiness() is None
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(read_stream)
+        wait_for(is_streaming, 20)
+        draining = threads.submit(drain)
+        # The old worker serves until its successor does, whose pod is not ready before.
+        wait_for(lambda: readiness() == "a worker still loads", 60)
+        left = draining.result(timeout=150)
         assert left.returncode == 0, left.stdout + left.stderr
         assert answer.result(timeout=60) == (100, "length")
+    wait_for(lambda: readiness() is None, 30)
     assert replicas(address)["decode"] != before["decode"]
     (successor,) = product.workers("decode")
     assert successor["incarnation"] != worker["incarnation"]

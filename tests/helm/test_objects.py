@@ -22,13 +22,16 @@ from antiphon import __version__
 EVERYTHING = {
     "config": {"colocated": {"replicas": 2, "num_gpus": 0.5}},
     "pools": {
+        "prefill": {"maxPods": 1},
+        "decode": {"maxPods": 2},
         "colocated": {
             "workersPerPod": 2,
+            "maxPods": 1,
             "gpu": {"runtimeClassName": "nvidia"},
             "affinity": {"podAntiAffinity": {}},
             "priorityClassName": "serving",
             "podAnnotations": {"a": "b"},
-        }
+        },
     },
     "env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}],
     "imagePullSecrets": [{"name": "registry"}],

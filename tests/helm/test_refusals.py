@@ -100,6 +100,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "pools.decode.maxPods: got 4, but autoscaling.enabled is false",
     ),
     (
+        {"autoscaling": {"enabled": True}, "pools": {"prefill": {"maxPods": 1}}},
+        "pools.decode.maxPods: got 0, but its workers and sparePods need 1 pods",
+    ),
+    (
+        {
+            "autoscaling": {"enabled": True},
+            "config": {"decode": {"replicas": 5}},
+            "pools": {
+                "prefill": {"maxPods": 1},
+                "decode": {"maxPods": 4, "workersPerPod": 2, "sparePods": 2},
+            },
+        },
+        "pools.decode.maxPods: got 4, but its workers and sparePods need 5 pods",
+    ),
+    (
         {"terminationGracePeriodSeconds": 90},
         "may take 60 s to finish, and 40 s are needed around that: at least 100",
     ),
@@ -139,6 +154,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"modelCache": {"persistentVolumeClaim": {"existingClaim": "cache"}}},
         "existingClaim is set but modelCache.persistentVolumeClaim.enabled is false",
+    ),
+    (
+        {"modelCache": {"persistentVolumeClaim": {"accessModes": ["ReadWriteOncePod"]}}},
+        "at '/modelCache/persistentVolumeClaim/accessModes/0': value must be one of",
     ),
     (
         {"networkPolicy": {"egress": [{"ports": [{"port": 443}]}]}},

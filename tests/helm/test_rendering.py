@@ -11,7 +11,9 @@ from helm_chart import Helm, objects, only, serve_config
 
 from antiphon.config import AntiphonConfig
 from antiphon.config_loading import parse_config
+from antiphon.deployment import pod_readiness
 from antiphon.deployment.config_document import documents_in, parse
+from antiphon.deployment.pod_readiness import FOLDER_VARIABLE
 from antiphon.deployment.serve_document import serve_document
 
 with warnings.catch_warnings():
@@ -31,6 +33,12 @@ CONFIGS: list[dict[str, Any]] = [
 def groups(rendered: str) -> dict[str, dict[str, Any]]:
     cluster = only(rendered, "RayService")["spec"]["rayClusterConfig"]
     return {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+
+
+def budgets(rendered: str) -> dict[str, int]:
+    """How many pods stay, by the budget's name."""
+    found = [item for item in objects(rendered) if item["kind"] == "PodDisruptionBudget"]
+    return {item["metadata"]["name"]: item["spec"]["minAvailable"] for item in found}
 
 
 def arguments(rendered: str) -> AntiphonConfig:
@@ -99,9 +107,10 @@ def test_each_pool_has_pods_that_hold_its_workers(
     for role, group in rendered.items():
         pool, node = expected[role], ray_nodes.node_options(group["rayStartParams"])
         assert group["replicas"] == group["maxReplicas"] == -(-pool.replicas // per_pod)
-        offered = {name: per_pod * amount for name, amount in pool.resources.items()}
+        offered = {name: math.ceil(per_pod * amount) for name, amount in pool.resources.items()}
         places = {f"antiphon_{role}": per_pod, "antiphon_ingress": 1}
         assert node["resources"] == {**places, **offered}
+        assert all(isinstance(n, int) for n in node["resources"].values()), "for the autoscaler"
         assert node["num_cpus"] >= per_pod * pool.num_cpus
         assert node["num_gpus"] == per_pod * pool.num_gpus
         resources = group["template"]["spec"]["containers"][0]["resources"]
@@ -119,13 +128,38 @@ def test_the_head_runs_no_worker(rendered: str) -> None:
 def test_a_changed_number_of_pods_changes_the_template_unless_pods_follow(helm: Helm) -> None:
     """KubeRay compares clusters without their numbers of pods."""
 
-    def template(workers: int, autoscaling: bool) -> Any:
-        config = {"decode": {"replicas": workers}}
-        values = {"config": config, "autoscaling": {"enabled": autoscaling}}
+    def template(workers: int, max_pods: int = 0) -> Any:
+        values = {
+            "config": {"decode": {"replicas": workers}},
+            "pools": {"prefill": {"maxPods": max_pods}, "decode": {"maxPods": max_pods}},
+            "autoscaling": {"enabled": max_pods > 0},
+        }
         return groups(helm.render(overrides=values))["decode"]["template"]
 
-    assert template(2, autoscaling=False) != template(3, autoscaling=False)
-    assert template(2, autoscaling=True) == template(3, autoscaling=True)
+    assert template(2) != template(3)
+    assert template(2, max_pods=4) == template(3, max_pods=4)
+    assert template(2, max_pods=4) != template(2, max_pods=8), "nor does it compare the limit"
+
+
+def test_what_an_ingress_asks_for_is_offered(helm: Helm) -> None:
+    """By all pods, unless it is what the pods of some pool have."""
+    config = {
+        "prefill": {"resources": {"rack": 0.5}},
+        "http": {"resources": {"edge": 0.01, "rack": 0.1, "antiphon_decode": 0.1, "door": 2}},
+    }
+    rendered = helm.render(overrides={"config": config})
+    asked = arguments(rendered).http.resources
+    offers = {
+        role: ray_nodes.node_options(group["rayStartParams"])["resources"]
+        for role, group in groups(rendered).items()
+    }
+    everywhere = {"antiphon_ingress": 1, "edge": 1, "door": 2}
+    assert offers == {
+        "prefill": {"antiphon_prefill": 1, "rack": 1, **everywhere},
+        "decode": {"antiphon_decode": 1, **everywhere},
+    }
+    for name, amount in asked.items():
+        assert max(offer.get(name, 0) for offer in offers.values()) >= amount
 
 
 def test_spare_pods_are_only_for_pools_with_workers(helm: Helm) -> None:
@@ -140,7 +174,7 @@ def test_spare_pods_are_only_for_pools_with_workers(helm: Helm) -> None:
 def test_pods_may_follow_up_to_a_limit(helm: Helm) -> None:
     values = {
         "config": {"decode": {"replicas": 3}},
-        "pools": {"decode": {"maxPods": 8}},
+        "pools": {"prefill": {"maxPods": 1}, "decode": {"maxPods": 8}},
         "autoscaling": {"enabled": True},
     }
     group = groups(helm.render(overrides=values))["decode"]
@@ -174,10 +208,35 @@ def test_routes_lead_to_the_api_and_to_nothing_else(helm: Helm) -> None:
 
 def test_a_pool_of_one_pod_can_be_moved_and_larger_ones_keep_all_but_one(helm: Helm) -> None:
     rendered = helm.render(overrides={"config": {"decode": {"replicas": 4}}})
-    budgets = [item for item in objects(rendered) if item["kind"] == "PodDisruptionBudget"]
-    assert [(item["metadata"]["name"], item["spec"]["minAvailable"]) for item in budgets] == [
-        ("demo-antiphon-decode", 3)
-    ]
+    assert budgets(rendered) == {"demo-antiphon-decode": 3}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "per_pod", "needed"), [(4, 1, {"demo-antiphon-decode": 3}), (1, 1, {}),
+                                        (4, 2, {"demo-antiphon-decode": 1}), (2, 2, {})],
+)  # fmt: skip
+def test_spare_pods_do_not_count_as_pods_that_stay(
+    helm: Helm, replicas: int, per_pod: int, needed: dict[str, int]
+) -> None:
+    pools = {"decode": {"sparePods": 2, "workersPerPod": per_pod}}
+    values = {"config": {"decode": {"replicas": replicas}}, "pools": pools}
+    rendered = helm.render(overrides=values)
+    assert budgets(rendered) == needed
+    assert groups(rendered)["decode"]["replicas"] == replicas // per_pod + 2
+
+
+def test_a_pod_is_ready_by_what_its_workers_and_its_proxy_say(helm: Helm) -> None:
+    rendered = helm.render(overrides={"config": {"http": {"port": 9000}}})
+    for group in groups(rendered).values():
+        (container,) = group["template"]["spec"]["containers"]
+        folder = {e["name"]: e.get("value") for e in container["env"]}[FOLDER_VARIABLE]
+        assert folder.startswith("/tmp/"), "where the file system can be written"
+        program, *rest, given, port = container["readinessProbe"]["exec"]["command"]
+        assert (program, given, port) == ("python", folder, "9000")
+        assert rest == ["-m", pod_readiness.__name__]
+    head = only(rendered, "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]
+    (container,) = head["template"]["spec"]["containers"]
+    assert "exec" not in container["readinessProbe"], "it runs no worker"
 
 
 @pytest.mark.parametrize(
@@ -193,6 +252,11 @@ def test_a_grace_that_is_shorter_than_draining_is_refused(
     values = {"config": config, "terminationGracePeriodSeconds": least - 1}
     answer = helm.template(overrides=values)
     assert f"at least {least}" in answer.stderr
+
+
+def test_without_time_to_drain_the_least_grace_is_enough(helm: Helm) -> None:
+    config = {name: {"drain_seconds": 0} for name in ("prefill", "decode", "http")}
+    helm.render(overrides={"config": config, "terminationGracePeriodSeconds": 60})
 
 
 def test_a_pod_leaves_within_its_grace(rendered: str) -> None:

@@ -15,7 +15,7 @@
 {{- fail (printf "config.prefill.replicas is %v but config.decode.replicas is 0; prefill workers need decode workers to send to" $numbers.prefill.workers) -}}
 {{- end -}}
 {{- $http := get .Values.config "http" | default dict -}}
-{{- $drain := float64 ($http.drain_seconds | default 60) -}}
+{{- $drain := ternary $http.drain_seconds 60 (hasKey $http "drain_seconds") | float64 -}}
 {{- range $pool, $n := $numbers -}}
 {{- if $n.workers -}}
 {{- $drain = maxf $drain $n.drainSeconds -}}

@@ -12,9 +12,9 @@ metadata:
     {{- include "antiphon.selectorLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .component }}
   {{- $annotations := deepCopy .values.podAnnotations }}
-  {{- if not (or $isHead $root.Values.autoscaling.enabled) }}
-  {{- /* KubeRay ignores a changed number of pods; a changed template makes it act. */}}
-  {{- $_ := set $annotations "antiphon/pods" (toString .numbers.pods) }}
+  {{- if not $isHead }}
+  {{- /* KubeRay ignores changed numbers of pods; a changed template makes it act. */}}
+  {{- $_ := set $annotations (ternary "antiphon/max-pods" "antiphon/pods" $root.Values.autoscaling.enabled) (toString .numbers.maxPods) }}
   {{- end }}
   {{- with $annotations }}
   annotations:
@@ -89,6 +89,8 @@ spec:
       env:
         {{- include "antiphon.env" $root | nindent 8 }}
         {{- if not $isHead }}
+        - name: ANTIPHON_READINESS_FOLDER
+          value: {{ include "antiphon.readinessFolder" $root }}
         {{- with include "antiphon.nccl" .values.nccl }}
         {{- . | nindent 8 }}
         {{- end }}
@@ -174,7 +176,8 @@ capabilities:
 {{- end -}}
 
 {{/* Those that KubeRay would inject need wget, and would leave the proxy out of the head's.
-     A worker's pod takes HTTP traffic once its Serve proxy has routes; models load without bound. */}}
+     A worker's pod is ready, for HTTP traffic and for its disruption budget, when a worker serves in it
+     and its proxy has routes; models load without bound. */}}
 {{- define "antiphon.probes" -}}
 livenessProbe:
   httpGet:
@@ -185,12 +188,21 @@ livenessProbe:
   timeoutSeconds: 5
   failureThreshold: 12
 readinessProbe:
+  {{- if .isHead }}
   httpGet:
-    path: {{ ternary "/api/healthz" "/-/healthz" .isHead }}
-    port: {{ ternary "agent" "serve" .isHead }}
+    path: /api/healthz
+    port: agent
+  {{- else }}
+  exec:
+    command: [python, -m, antiphon.deployment.pod_readiness, {{ include "antiphon.readinessFolder" .root }}, {{ include "antiphon.port" .root | quote }}]
+  {{- end }}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: {{ ternary 3 1 .isHead }}
+{{- end -}}
+
+{{- define "antiphon.readinessFolder" -}}
+/tmp/antiphon
 {{- end -}}
 
 {{- define "antiphon.mounts" -}}

@@ -11,11 +11,8 @@
 {{- end -}}
 {{- $workers = int $workers -}}
 {{- $perPod := int $values.workersPerPod -}}
-{{- $pods := div (add $workers (sub $perPod 1)) $perPod -}}
-{{- if $workers -}}
-{{- $pods = add $pods $values.sparePods -}}
-{{- end -}}
-{{- $pods = int $pods -}}
+{{- $filled := div (add $workers (sub $perPod 1)) $perPod | int -}}
+{{- $pods := ternary (add $filled $values.sparePods) 0 (gt $workers 0) | int -}}
 {{- $cpus := mulf $perPod (ternary $section.num_cpus 1.0 (hasKey $section "num_cpus")) -}}
 {{- $gpus := mulf $perPod ($section.num_gpus | default 0.0) -}}
 {{- if ne $gpus (floor $gpus) -}}
@@ -23,22 +20,43 @@
 {{- end -}}
 {{- $maxPods := $pods -}}
 {{- if .root.Values.autoscaling.enabled -}}
-{{- $maxPods = max $pods $values.maxPods | int -}}
+{{- $maxPods = int $values.maxPods -}}
+{{- if gt $pods $maxPods -}}
+{{- fail (printf "pools.%s.maxPods: got %d, but its workers and sparePods need %d pods; with autoscaling.enabled say how many there may ever be" .pool $maxPods $pods) -}}
+{{- end -}}
 {{- else if gt (int $values.maxPods) 0 -}}
 {{- fail (printf "pools.%s.maxPods: got %d, but autoscaling.enabled is false, so nothing would add pods" .pool (int $values.maxPods)) -}}
 {{- end -}}
 workers: {{ $workers }}
 perPod: {{ $perPod }}
+filledPods: {{ $filled }}
 pods: {{ $pods }}
 maxPods: {{ $maxPods }}
 cpus: {{ $cpus }}
 gpus: {{ int $gpus }}
-drainSeconds: {{ $section.drain_seconds | default 20 }}
+drainSeconds: {{ ternary $section.drain_seconds 20 (hasKey $section "drain_seconds") }}
+{{- /* Whole numbers: Ray's autoscaler reads no others. Workers are bounded by the pool's own resource. */}}
 {{- $offered := dict (include "antiphon.poolResource" .pool) $perPod "antiphon_ingress" 1 -}}
 {{- range $name, $amount := $section.resources | default dict -}}
-{{- $_ := set $offered $name (mulf $perPod $amount) -}}
+{{- $_ := set $offered $name (mulf $perPod $amount | ceil) -}}
+{{- end }}
+{{- range $name, $amount := (get .root.Values.config "http" | default dict).resources | default dict -}}
+{{- if not (include "antiphon.isOfPool" (dict "config" $.root.Values.config "resource" $name)) -}}
+{{- $_ := set $offered $name (ceil $amount) -}}
+{{- end -}}
 {{- end }}
 resources: {{ $offered | toJson }}
+{{- end -}}
+
+{{/* Whether some pools' pods offer a resource for their workers, so that it says where an ingress may
+     start. What pods of no pool offer, all do. Arguments: dict "config" "resource"; empty for no. */}}
+{{- define "antiphon.isOfPool" -}}
+{{- range $pool := list "prefill" "decode" "colocated" -}}
+{{- $named := (get $.config $pool | default dict).resources | default dict -}}
+{{- if or (hasKey $named $.resource) (eq $.resource (include "antiphon.poolResource" $pool)) -}}
+true
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "antiphon.poolResource" -}}
