@@ -25,7 +25,6 @@ from antiphon.workers.batch import Batch
 
 _SLOW_SEND_SECONDS = 0.12
 _SLOW_STEP_SECONDS = 0.02
-_SLOW_SESSION_SECONDS = 1.0
 _NUM_REPEATS = 60
 _NUM_CUTS, _NUM_REPLAYS = 6, 10
 _LOST = {"reason": "lost", "outcome": "resumed"}
@@ -84,7 +83,6 @@ class Faults:
         await _break_links(system)  # while they are mostly idle, and breaking shuns nobody
         await self._damage_messages()  # while decode workers still ask this prefill worker
         await _cut_sessions(system)  # while routers know how busy the other workers are
-        system.proxy.delay_seconds = _SLOW_SESSION_SECONDS  # which no router has a notion of
         self._is_sending_slowly = True
         self._reader_goes_on.clear()
         system.decode[1]._telemetry.publish = lambda: None  # type: ignore[method-assign]
@@ -99,6 +97,14 @@ class Faults:
         await until(lambda: not self._repeats_next)
         self._corrupts_next = True
         await until(lambda: not self._corrupts_next)
+
+    def slow_sessions(self, system: MonitoredSystem, seconds: float) -> None:
+        """Let what passes between the first ingress and its decode workers take so long.
+
+        No router has a notion of that; and where all are as slow, none is avoided.
+        """
+        for proxy in system.proxies:
+            proxy.delay_seconds = seconds
 
     def hang(self, system: MonitoredSystem) -> None:
         """Hold every engine that decodes."""
@@ -151,7 +157,7 @@ async def _cut_sessions(system: MonitoredSystem) -> None:
             await asyncio.sleep(0.05)
             connection = first.backend.sessions.get(system.decode[0].card.incarnation)
             if connection is not None and connection.num_requests:
-                system.proxy.cut()
+                system.proxies[0].cut()
                 num_cuts += 1
                 await asyncio.sleep(0.3)
 

@@ -3,7 +3,7 @@
 The test plays Serve: it says which workers there are, and asks all ingresses where they are. The
 first ingress has targets that are easily kept, the second some that cannot be. The first prefill
 worker sends through a transport that the test controls, and the second decode worker receives
-through one; sessions of the first ingress with the first decode worker pass a proxy.
+through one; sessions of the first ingress with decode workers pass proxies.
 """
 
 import asyncio
@@ -132,8 +132,11 @@ class MonitoredSystem:
         ]
         tight = EngineConfig(max_num_requests=16, max_waiting_requests=2000)
         self.colocated = await self.start_worker(Role.COLOCATED, engine=tight, num_blocks=48)
-        self.proxy = SessionProxy(self.decode[0].card.url)
-        self._proxied = structs.replace(self.decode[0].card, url=await self.proxy.listen())
+        self.proxies = [SessionProxy(worker.card.url) for worker in self.decode]
+        self._proxied = [
+            structs.replace(worker.card, url=await proxy.listen())
+            for worker, proxy in zip(self.decode, self.proxies, strict=True)
+        ]
         for ingress in self.ingresses:
             await ingress.start()
         for ingress in self.ingresses:
@@ -154,7 +157,7 @@ class MonitoredSystem:
         """List the decode workers; others besides at the first ingress alone."""
         first, second = self.ingresses
         others = [worker.card for worker in more]
-        first.list_workers(Role.DECODE, self._proxied, self.decode[1].card, *others)
+        first.list_workers(Role.DECODE, *self._proxied, *others)
         second.list_workers(Role.DECODE, *(worker.card for worker in self.decode))
 
     def load(self, session: aiohttp.ClientSession) -> None:
@@ -176,7 +179,8 @@ class MonitoredSystem:
         for ingress in self.ingresses:
             await ingress.stop()
             await ingress.backend.close()
-        await self.proxy.close()
+        for proxy in self.proxies:
+            await proxy.close()
         for worker in (*self.prefill, *self.decode, self.colocated, *self.others):
             await worker.close()
         await until(lambda: not handoff_threads())
