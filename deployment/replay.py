@@ -4,7 +4,11 @@
       ^         | busy      another worker, three in all; a stream that has begun waits for room
       |         | draining  another worker
       +---------| lost      another worker, with prompt + tokens so far     (a replay)
-                | moved     the same
+                | moved     the same, but nobody failed: it does not count against max_replays
+
+Each worker is asked once until the first token. A stream that has begun may return to one that was
+busy or lost, so three bounds end it: losses are counted, a worker that stops is asked once, and a
+third refusal is the last one when the client has waited for ``replay_wait_seconds``.
 
 A replay continues exactly: a token depends on the tokens before it and, if sampled, on a hash of
 the seed and its position, and the ingress fixes the seed before the first attempt. The client sees
@@ -91,6 +95,8 @@ class Replay:
 
     def excluded(self, now: float) -> set[str]:
         """Incarnations that must not be asked now."""
+        if not self.has_begun:
+            return set(self._excluded)
         return {incarnation for incarnation, until in self._excluded.items() if now < until}
 
     def take(self, output: RequestOutput) -> RequestOutput:
@@ -101,6 +107,7 @@ class Replay:
             output = replace(output, num_cached_tokens=self._num_cached_tokens, timing=None)
         self.output_token_ids += output.token_ids
         self._paused_at = None
+        self._num_refusals = 0
         return output
 
     def failed(self, incarnation: str, error: AntiphonError, now: float) -> None:
@@ -118,17 +125,10 @@ class Replay:
             self._paused_at = now
         if isinstance(error, WorkerLostError):
             self._losses.append(replay_reason(error))
-            self.num_replays += 1
-            if self.num_replays > self.config.max_replays:
-                raise error
-            if self.has_begun and not isinstance(error, WorkerMovedError):
-                self._excluded[incarnation] = now + LOST_SECONDS
+            if not isinstance(error, WorkerMovedError):
+                self._count_loss(incarnation, error, now)
         elif isinstance(error, CapacityError) and not isinstance(error, WorkerDrainingError):
-            self._num_refusals += 1
-            if self.has_begun:
-                self._excluded[incarnation] = now + error.retry_after_seconds
-            elif self._num_refusals >= MAX_REFUSALS:
-                raise error
+            self._count_refusal(incarnation, error, now)
 
     def settle(self) -> list[str]:
         """Return what befell its workers since the last call; each is to be counted once."""
@@ -141,12 +141,30 @@ class Replay:
         Raises:
             AntiphonError: It may not, or waited long enough; what the client should be told.
         """
-        paused_at = self._paused_at
-        if paused_at is not None and now - paused_at < self.config.replay_wait_seconds:
+        if self._may_pause(now):
             return
         if self._last_error is None or isinstance(self._last_error, WorkerMovedError):
             raise error  # the request did not fail: it found no place
         raise self._last_error
+
+    def _count_loss(self, incarnation: str, error: WorkerLostError, now: float) -> None:
+        self._excluded[incarnation] = now + LOST_SECONDS
+        self.num_replays += 1
+        if self.num_replays > self.config.max_replays:
+            raise error
+
+    def _count_refusal(self, incarnation: str, error: CapacityError, now: float) -> None:
+        self._excluded[incarnation] = now + error.retry_after_seconds
+        self._num_refusals += 1
+        # ``wait_or_raise`` alone is no bound: where a refusal takes longer than the exclusion that
+        # follows it, there is always another worker to ask.
+        if self._num_refusals >= MAX_REFUSALS and not self._may_pause(now):
+            raise error
+
+    def _may_pause(self, now: float) -> bool:
+        """Whether it is a stream that has begun, and its client can be kept waiting."""
+        paused_at = self._paused_at
+        return paused_at is not None and now - paused_at < self.config.replay_wait_seconds
 
 
 def replay_reason(error: AntiphonError) -> str:

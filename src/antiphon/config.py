@@ -152,7 +152,9 @@ class RouterConfig(_Section):
         1.5e9, description="Assumed rate of a link, to predict what a hand-off takes."
     )
     max_replays: Annotated[int, Field(ge=0)] = Field(
-        3, description="Times that a request goes on at another worker after its own was lost."
+        3,
+        description="Times that a request goes on at another worker after its own was lost. One "
+        "that is stopped and gives its requests back does not count.",
     )
     replay_wait_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0,

@@ -20,7 +20,7 @@
     - UnsupportedModelError   the model family cannot be served
   x StepAbandonedError      nobody waits for the step any more -> the engine drops it
   x WorkerLostError           the worker that owned the request died -> replayed, or HTTP 502
-    - WorkerMovedError        it is being stopped and gave the request back -> the same
+    - WorkerMovedError        it is being stopped and gave the request back -> replayed, or 503
   x TelemetryGapError         a worker's telemetry skipped a message -> reconnect for a snapshot
 """
 

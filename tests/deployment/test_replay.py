@@ -65,11 +65,24 @@ def test_replays_are_bounded(has_begun: bool) -> None:
     if has_begun:
         request.take(output(7))
     request.failed("a", WorkerLostError("gone"), now=0.0)
-    request.failed("b", WorkerMovedError("stops"), now=0.0)
+    request.failed("b", WorkerLostError("gone"), now=0.5)
     assert request.excluded(0.9) == {"a", "b"}
     assert request.excluded(1.0) == ({"b"} if has_begun else {"a", "b"})
     with pytest.raises(WorkerLostError, match="the third"):
         request.failed("c", WorkerLostError("the third"), now=0.0)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_workers_that_stop_and_give_it_back_use_up_no_replay(has_begun: bool) -> None:
+    request = replay(max_replays=0)
+    if has_begun:
+        request.take(output(7))
+    for index in range(10):
+        request.failed(f"w{index}", WorkerMovedError("stops"), now=0.0)
+    assert len(request.excluded(1e9)) == 10, "each is asked once"
+    assert request.settle() == ["moved"] * 10
+    with pytest.raises(WorkerLostError, match="gone"):
+        request.failed("lost", WorkerLostError("gone"), now=0.0)
 
 
 def test_busy_workers_are_three_until_the_stream_has_begun_and_then_may_be_asked_again() -> None:
@@ -83,11 +96,38 @@ def test_busy_workers_are_three_until_the_stream_has_begun_and_then_may_be_asked
     assert request.excluded(1e9) == {"w0", "w1", "last"}
 
     request = replay()
+    request.failed("w", busy, now=0.0)
+    assert request.excluded(1e9) == {"w"}
     request.take(output(7))
+    assert request.excluded(1e9) == set(), "it may be the only one when the stream loses its own"
     for _ in range(3 * MAX_REFUSALS):
         request.failed("w", busy, now=10.0)
     assert request.excluded(11.9) == {"w"}
     assert request.excluded(12.0) == set()
+
+
+def test_workers_that_take_long_to_say_busy_do_not_keep_a_stream_for_ever() -> None:
+    busy = WorkerBusyError("no headroom")  # leaves it alone for 1 s, and takes longer to say so
+    request = replay(replay_wait_seconds=5)
+    request.take(output(7))
+    request.failed("lost", WorkerLostError("gone"), now=100.0)
+    for worker, now in (("a", 101.5), ("b", 103.0), ("a", 104.5)):
+        assert worker not in request.excluded(now)
+        request.failed(worker, busy, now)
+    with pytest.raises(WorkerBusyError):
+        request.failed("b", busy, now=106.0)
+
+
+def test_a_stream_that_may_not_wait_asks_three_workers_after_each_token_all_the_same() -> None:
+    busy = WorkerBusyError("full")
+    request = replay(replay_wait_seconds=0)
+    for _ in range(2):
+        request.take(output(7))
+        request.failed("lost", WorkerLostError("gone"), now=100.0)
+        for index in range(MAX_REFUSALS - 1):
+            request.failed(f"w{index}", busy, now=100.1)
+    with pytest.raises(WorkerBusyError):
+        request.failed("last", busy, now=100.1)
 
 
 def test_draining_workers_count_as_nothing() -> None:
