@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
 _UNLIMITED = 2**31
+_STOPPING = "this endpoint is being stopped"
 
 
 class ClusterBackend:
@@ -63,7 +64,7 @@ class ClusterBackend:
         self.sessions = WorkerSessions(self._view, metrics, config.silence_seconds)
         self._config = config
         self._policy = Policy(config)
-        self._stopping: ServiceStoppingError | None = None
+        self._is_stopping = False
         self._is_cut_off = False
         self._num_open = 0
         metrics.registry.register(ClusterCollector(self._view, needed_roles))
@@ -76,8 +77,8 @@ class ClusterBackend:
 
     def is_ready(self) -> tuple[bool, str]:
         """Whether every pool that was configured has a worker to route to."""
-        if self._stopping is not None:
-            return False, str(self._stopping)
+        if self._is_stopping:
+            return False, _STOPPING
         views = (*self._view.prefill_workers, *self._view.decode_workers)
         usable = [v.card for v in views if self.sessions.is_listed(v.card.incarnation)]
         missing = sorted(role.value for role in self._needed_roles - {c.role for c in usable})
@@ -115,8 +116,8 @@ class ClusterBackend:
         self._num_open += 1
         replay = Replay(prompt_token_ids, sampling, self._config)
         try:
-            if self._stopping is not None:
-                raise self._stopping
+            if self._is_stopping:
+                raise ServiceStoppingError(_STOPPING)
             while (finish_reason := replay.finish_reason) is None:
                 decision = await self._choose(replay)
                 request = submission(request_id, replay, decision)
@@ -144,7 +145,7 @@ class ClusterBackend:
 
     async def stop_taking(self, timeout_seconds: float) -> None:
         """Refuse new requests, and end with an error those that are open after the time-out."""
-        self._stopping = ServiceStoppingError("this endpoint is being stopped")
+        self._is_stopping = True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_seconds
         self.sessions.retry_after.stops_at = time.monotonic() + timeout_seconds
@@ -153,7 +154,7 @@ class ClusterBackend:
         if self._num_open:
             logger.warning("%d requests are cut off by the stop", self._num_open)
         self._is_cut_off = True
-        self.sessions.fail_all(self._stopping)
+        self.sessions.fail_all(ServiceStoppingError(_STOPPING))
 
     async def close(self) -> None:
         """End all sessions."""
@@ -165,8 +166,8 @@ class ClusterBackend:
         prompt = self._view.hash_prompt(replay.prompt_token_ids)
         while True:
             now = time.monotonic()
-            if self._is_cut_off and self._stopping is not None:
-                raise self._stopping
+            if self._is_cut_off:
+                raise ServiceStoppingError(_STOPPING)
             exclude = frozenset(replay.excluded(now) | self.sessions.leaving)
             try:
                 decision = self._policy.choose(self._view, prompt, now, exclude)

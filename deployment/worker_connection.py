@@ -6,6 +6,7 @@ When the session is lost, every request on it ends with WorkerLostError at once.
 """
 
 import asyncio
+import copy
 import logging
 from collections.abc import AsyncGenerator, Callable
 
@@ -137,7 +138,9 @@ class WorkerConnection:
     def fail_all(self, error: AntiphonError) -> None:
         """End every request in flight with an error, after the outputs that have arrived."""
         for queue in self._queues.values():
-            queue.put_nowait(error)
+            # An error holds the frames that raised it: one for all would keep what each request
+            # has in memory, prompts too, until the last of them is over.
+            queue.put_nowait(copy.copy(error))
 
     def _lose_all(self) -> None:
         name = f"{self.card.role} worker {self.card.replica_id}"

@@ -1,8 +1,10 @@
 """The backend over real workers in this process: retries, losses, readiness."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any
@@ -197,6 +199,29 @@ def test_who_is_refused_is_told_how_long_the_queue_takes() -> None:
         assert 39.0 < stopping.value.retry_after_seconds <= 40.0
         await assert_idle(worker)
         await close(backend, worker)
+
+    run(scenario())
+
+
+class Prompt(list[int]):
+    """Unlike a plain list it can be watched."""
+
+
+async def refused_prompt(backend: ClusterBackend) -> weakref.ref[Prompt]:
+    prompt = Prompt(PROMPT)
+    with pytest.raises(ServiceStoppingError):
+        await anext(backend.generate("r", prompt, SamplingParams(2, temperature=0)))
+    return weakref.ref(prompt)
+
+
+def test_an_endpoint_that_stops_keeps_nothing_of_what_it_refuses() -> None:
+    async def scenario() -> None:
+        backend = backend_for(Role.COLOCATED)
+        await backend.stop_taking(0.0)
+        refused = [await refused_prompt(backend) for _ in range(3)]
+        gc.collect()
+        assert [prompt() for prompt in refused] == [None] * 3
+        await close(backend)
 
     run(scenario())
 
