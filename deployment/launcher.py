@@ -9,6 +9,7 @@ only the application is removed. SIGTERM ends it like Ctrl-C:
 """
 
 import contextlib
+import http.client
 import json
 import logging
 import math
@@ -33,6 +34,7 @@ APP_NAME = "antiphon"
 OBJECT_STORE_BYTES = 128 * 2**20  # requests do not pass through it
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.2
+_SERVE_SECONDS = 2.0  # for its proxy to answer, where one listens
 _ANSWER_SECONDS = 5.0  # for an ingress to end what is open, once it is told to
 
 
@@ -41,10 +43,11 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
 
     Raises:
         ConfigError: The model cannot be found, the port is taken, there are no API keys where there
-            should be, no cluster is at the address, or the workers cannot start.
+            should be, no cluster is at the address or it serves such an application already, or
+            the workers cannot start.
     """
     started_at = time.monotonic()
-    _check_port(config)
+    _check_port(config, address)
     _check_api_keys(config, address)
     _resolve_model(config)
     stop, hurry = threading.Event(), threading.Event()
@@ -59,24 +62,39 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
         typer.echo("stopping ...")
 
 
-def _check_port(config: AntiphonConfig) -> None:
-    host, port = config.http.host, config.http.port
-    if (error := listen_error(host, port)) is not None:
+def _check_port(config: AntiphonConfig, address: str | None) -> None:
+    """A cluster's Serve keeps its port when an application ends, and takes the next one too."""
+    why_not = _listen_error if address is None else serve_listen_error
+    if (error := why_not(config.http.host, config.http.port)) is not None:
         raise ConfigError(
-            f"http: cannot listen on {host}:{port}: {error}; "
-            "stop what listens there or choose another with --port"
+            f"http: cannot listen on {error}; stop what listens there or choose another with --port"
         )
 
 
-def listen_error(host: str, port: int) -> str | None:
-    """Why nobody can listen at an address of this machine; None if one can."""
+def serve_listen_error(host: str, port: int) -> str | None:
+    """Why Serve cannot listen at an address of this machine; None if it can, or does already."""
+    error = _listen_error(host, port)
+    return None if error is None or _is_serve(host, port) else error
+
+
+def _is_serve(host: str, port: int) -> bool:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    try:
+        url = f"http://{reachable}:{port}/-/healthz"
+        with urllib.request.urlopen(url, timeout=_SERVE_SECONDS) as answer:
+            return bool(answer.status == 200)
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def _listen_error(host: str, port: int) -> str | None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            return error.strerror or str(error)
+            return f"{host}:{port}: {error.strerror or error}"
     return None
 
 
@@ -112,6 +130,7 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
 
     if address is not None:
         _join(address)
+        _check_name(address)
     else:
         num_cpus = local_cpus(config)
         typer.echo(f"starting Ray with {num_cpus} CPUs")
@@ -144,6 +163,18 @@ def _join(address: str) -> None:
         ray.init(address=found, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot join a Ray cluster at {address}: {error}") from None
+
+
+def _check_name(address: str) -> None:
+    """Two commands would update one application, and the first that ends would delete it."""
+    from ray import serve
+
+    if (found := serve.status().applications.get(APP_NAME)) is not None:
+        raise ConfigError(
+            f"the cluster at {address} serves an application {APP_NAME!r} already "
+            f"({found.status.value.lower()}); update it with `serve deploy`, or end it first, "
+            f"with ray.serve.delete({APP_NAME!r})"
+        )
 
 
 def _deploy(config: AntiphonConfig, address: str | None, stop: threading.Event) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import shutil
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from antiphon.deployment.doctor.facts import GpuFacts, ModelFacts, NodeFacts
-from antiphon.deployment.launcher import listen_error
+from antiphon.deployment.launcher import serve_listen_error
 from antiphon.errors import ConfigError
 from antiphon.workers.model_source import fingerprint, resolve_model
 
@@ -21,7 +20,6 @@ _cuda: Any = torch.cuda  # its stubs lack what is used here
 _DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
 _CGROUP = Path("/sys/fs/cgroup")
 _SHARED_MEMORY = Path("/dev/shm")
-_SERVE_SECONDS = 2.0
 
 
 def look_around(source: str, http_host: str, http_port: int) -> NodeFacts:
@@ -46,7 +44,7 @@ def look_around(source: str, http_host: str, http_port: int) -> NodeFacts:
         shared_memory_bytes=shutil.disk_usage(_SHARED_MEMORY).total if has_shm else 0,
         max_open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         wait_policy=os.environ.get("OMP_WAIT_POLICY"),
-        http_error=http_error(http_host, http_port),
+        http_error=serve_listen_error(http_host, http_port),
         model=find_model(source),
     )
 
@@ -124,22 +122,6 @@ def _read(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
-
-
-def http_error(host: str, port: int) -> str | None:
-    """Why a port cannot be listened on; a running Serve proxy is no reason."""
-    error = listen_error(host, port)
-    return None if error is None or _is_serve(host, port) else f"{host}:{port}: {error}"
-
-
-def _is_serve(host: str, port: int) -> bool:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    try:
-        url = f"http://{reachable}:{port}/-/healthz"
-        with urllib.request.urlopen(url, timeout=_SERVE_SECONDS) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 class _NotReadyError(Exception):

@@ -1,10 +1,8 @@
 """Agents of several addresses of this machine: real ports, links and files, without Ray."""
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,11 @@ from tiny_folder import save_tiny_model
 
 from antiphon.config import AntiphonConfig
 from antiphon.config_loading import parse_config
-from antiphon.deployment.doctor import machine
 from antiphon.deployment.doctor.clock_server import ClockServer, look
 from antiphon.deployment.doctor.diagnosis import diagnose
 from antiphon.deployment.doctor.facts import OUT_OF_TIME, ClusterFacts, Node
 from antiphon.deployment.doctor.local_agents import LocalAgents
-from antiphon.deployment.doctor.machine import find_model, http_error
+from antiphon.deployment.doctor.machine import find_model
 from antiphon.deployment.doctor.survey import Arguments, Failure, Survey, diagonals, rounds
 
 PREFILL = Node("p", "127.0.0.2", {"CPU": 1.0, "prefill": 1.0}, 0)
@@ -149,28 +146,6 @@ def test_a_clock_server_ends_with_its_port() -> None:
     assert look("a", "b", server.address, 1.0).error is None
     server.close()
     assert look("a", "b", server.address, 1.0).error is not None
-
-
-def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_SERVE_SECONDS", 0.1)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert http_error("127.0.0.1", port) == f"127.0.0.1:{port}: Address already in use"
-    assert http_error("127.0.0.1", port) is None
-
-
-def test_serve_may_have_the_port_already() -> None:
-    class Proxy(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/-/healthz" else 404)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Proxy) as serve:
-        threading.Thread(target=serve.handle_request).start()
-        assert http_error("127.0.0.1", serve.server_port) is None
 
 
 def test_a_model_is_looked_for_and_not_made(
