@@ -5,6 +5,7 @@ import re
 import pytest
 from dashboard_queries import alerts, dashboards
 from prometheus_binaries import ROOT
+from readme_metrics import metric_labels
 
 PAGE = (ROOT / "docs/runbooks.md").read_text()
 PARTS = ("What it means.", "What users feel.", "Look.", "Do.", "It is over when")
@@ -33,6 +34,21 @@ def test_sections_name_panels_that_exist() -> None:
     named = {" ".join(name.split()) for name in re.findall(r"“([^”]+)”", PAGE)}
     assert named
     assert named <= titles
+
+
+def test_questions_to_ingresses_can_be_asked() -> None:
+    """Through the proxy, with a key; the own port of an ingress serves its metrics alone."""
+    questions = re.findall(r"^(curl .*?:8000(/\w+).*)$", PAGE, re.MULTILINE)
+    assert questions
+    for command, path in questions:
+        assert path in ("/health", "/ready") or '-H "Authorization: Bearer $API_KEY"' in command
+    assert "own port" not in PAGE
+
+
+def test_sections_name_metrics_that_exist() -> None:
+    named = set(re.findall(r"\bantiphon_[a-z_]+", PAGE))
+    assert named
+    assert named <= metric_labels().keys()
 
 
 @pytest.mark.parametrize("rule", alerts(), ids=lambda rule: rule["alert"])
