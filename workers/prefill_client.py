@@ -25,6 +25,7 @@ from antiphon.messages import (
     PrefillDone,
     PrefillPeer,
     Prewarm,
+    RefusalKind,
     Refused,
     WorkerMessage,
 )
@@ -182,7 +183,7 @@ class PrefillClient:
             now = time.monotonic()
             if now >= deadline:
                 raise self._give_up(transfer, Outcome.TIMED_OUT, "no time is left")
-            if (num_now := self._num_arrived(transfer)) != num_arrived:
+            if (num_now := transfer.incoming.num_received) != num_arrived:
                 num_arrived, since = num_now, now
             elif now - since >= self._stall_seconds:
                 waited = f"nothing came for {now - since:.1f} s"
@@ -194,19 +195,15 @@ class PrefillClient:
     def _give_up(self, transfer: _Transfer, outcome: Outcome, why: str) -> PrefillFailedError:
         # The peer, or the way to it, may hang: whoever asks it next gets another link.
         self.receiver.retire(transfer.link_id)
-        return PrefillFailedError(outcome, f"{why}; {self._num_arrived(transfer)} tokens had come")
-
-    def _num_arrived(self, transfer: _Transfer) -> int:
-        incoming = self.receiver.find(transfer.transfer_id)
-        return incoming.num_received if incoming is not None else 0
+        num_arrived = transfer.incoming.num_received
+        return PrefillFailedError(outcome, f"{why}; {num_arrived} tokens had come")
 
     def _fence(self, transfer: _Transfer) -> bool:
         """Let nothing more of a transfer in; False if it has ended by itself."""
         self._transfers.pop(transfer.transfer_id, None)
-        incoming = self.receiver.find(transfer.transfer_id)
         was_live = self.receiver.cancel(transfer.transfer_id)
-        if incoming is not None:  # now it does not change any more
-            transfer.wanted.num_in_place = transfer.first_token + incoming.num_received
+        # Now it does not change any more, whoever has ended it.
+        transfer.wanted.num_in_place = transfer.first_token + transfer.incoming.num_received
         return was_live
 
     def _ended(self, transfer_id: str, num_tokens: int, error: Exception | None) -> None:
@@ -221,6 +218,9 @@ class PrefillClient:
     def _on_message(self, peer: ClientSession, message: WorkerMessage) -> None:
         if isinstance(message, Refused):
             if transfer := self._transfers.get(message.request_id):
+                if message.kind is RefusalKind.LINK_BROKEN:
+                    # First, so that the end of its last transfer closes it.
+                    self.receiver.broke(transfer.link_id, message.reason)
                 self._fail(transfer, refusal(message))
         elif isinstance(message, PrefillDone):
             carried = message.num_sent_bytes, message.send_seconds

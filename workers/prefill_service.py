@@ -138,7 +138,10 @@ class PrefillService:
             self._sender.finish(request.request_id, job.computed)
 
     def on_refused(self, transfer_id: str, error: Exception) -> None:
-        """The engine could not take or compute a prompt; on the event loop."""
+        """The engine could not take or compute a prompt; on the event loop.
+
+        The refusal gets a head start: over the link, the end of a transfer says less.
+        """
         job = self._jobs.get(transfer_id)
         if job is not None:
             job.is_answered = True
@@ -147,7 +150,7 @@ class PrefillService:
             job.session.send(Refused(job.message.request_id, kind, str(error)))
             level = logging.INFO if is_busy else logging.WARNING
             logger.log(level, "%s %s: %s", _named(job.message), kind, error)
-            self._sender.abort(transfer_id, "refused")
+            self._loop.call_later(_HEAD_START_SECONDS, self._sender.abort, transfer_id, "refused")
 
     def on_transfer_ended(
         self, transfer_id: str, error: Exception | None, num_bytes: int, seconds: float

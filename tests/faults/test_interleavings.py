@@ -21,7 +21,9 @@ from turns import Choose
 from antiphon.errors import HandoffError
 from antiphon.workers.handoff.endpoint import SegmentTarget
 from antiphon.workers.handoff.incoming import Incoming
+from antiphon.workers.handoff.link_table import LinkTable
 from antiphon.workers.handoff.memory import Fault
+from antiphon.workers.handoff.receiver_link import ReceiverLink
 from antiphon.workers.handoff.segment import Header
 from antiphon.workers.handoff.sender import HandoffSender
 
@@ -32,6 +34,7 @@ HARMFUL = (
     "abort",
     "cancel",
     "cancel",
+    "retire",
     "break link",
     "restart sender",
     "restart receiver",
@@ -91,6 +94,8 @@ def play(world: World, program: Sequence[Action]) -> None:
                 world.prewarm()
             case "pass time":
                 world.turns.sleep(amount / 2)
+            case "retire":
+                world.retire()
             case "break link":
                 world.break_link(which)
             case "restart sender":
@@ -160,6 +165,11 @@ def _done_before_the_link_let_go(self: HandoffSender, transfer_id: str, reason: 
         self._on_done(transfer_id, HandoffError(reason), 0, 0.0)
 
 
+def _kept_though_idle(self: LinkTable, link: ReceiverLink) -> bool:
+    self._current.pop(link.peer_incarnation, None)
+    return False
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "bug", "kind"),
     [
@@ -168,6 +178,7 @@ def _done_before_the_link_let_go(self: HandoffSender, transfer_id: str, reason: 
         (Incoming, "_check", lambda *_: None, "open"),
         (Incoming, "check_end", lambda *_: None, "open"),
         (HandoffSender, "abort", _done_before_the_link_let_go, "abort"),
+        (LinkTable, "retire", _kept_though_idle, "retire"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

@@ -112,9 +112,12 @@ class FaultyTransport:
         with self._lock:
             return list(self._links)
 
-    def accept(self, link_id: str, timeout_seconds: float) -> FaultyLink:
+    def accept(
+        self, link_id: str, timeout_seconds: float, set_up_seconds: float | None = None
+    ) -> FaultyLink:
         """See ``Transport.accept``."""
-        return self._wrap(link_id, self._transport.accept(link_id, timeout_seconds))
+        link = self._transport.accept(link_id, timeout_seconds, set_up_seconds)
+        return self._wrap(link_id, link)
 
     def connect(self, address: str, link_id: str, timeout_seconds: float) -> FaultyLink:
         """See ``Transport.connect``."""

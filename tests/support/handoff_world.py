@@ -120,6 +120,12 @@ class World:
             transfer.is_cancelled = True
             self._release(transfer)
 
+    def retire(self) -> None:
+        """As after a stall, or when the sender says that the link broke."""
+        link = self.receiver._links.current(self._sender_name)
+        if link is not None:
+            self.receiver.retire(link.link_id)
+
     def break_link(self, number: int) -> None:
         links = self.sender_transport.links
         if links:
@@ -144,6 +150,8 @@ class World:
             self.finish(transfer)
         self.turns.wait(lambda: not self.open_transfers, SETTLE_SECONDS)
         assert not self.open_transfers, f"never ended: {self.open_transfers}"
+        links = self.receiver._links.given_up
+        assert all(link.transfers or link.is_closing for link in links), "nobody will close a link"
         self.sender.close()
         self.receiver.close()
         problems = self.problems + self.source.problems + self.target.problems

@@ -1,6 +1,7 @@
 """The services of both pools at the edges: what must be refused, kept, or never waited for."""
 
 import asyncio
+import time
 import uuid
 from collections.abc import Coroutine
 from typing import Any
@@ -11,7 +12,7 @@ from session_proxy import SessionProxy
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig
-from antiphon.errors import HandoffError
+from antiphon.errors import HandoffError, WorkerBusyError
 from antiphon.messages import LinkOffer, Prefill, PrefillPeer, Role, SamplingParams, Submit
 from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.sender import HandoffSender
@@ -149,6 +150,37 @@ def test_a_link_that_breaks_before_the_request_is_queued_leaks_nothing(
         await client.finish(request_id)
         assert client.paths[request_id] == "fallback"
         await assert_idle(prefill, decode)
+        await close(client.session, prefill, decode)
+
+    run(scenario())
+
+
+def test_a_refusal_overtakes_the_end_of_its_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the link it would be a failure, for which a worker is shunned longer."""
+    model = tiny_model("llama")
+    refused_at: list[float] = []
+    aborted_at: list[float] = []
+    abort = HandoffSender.abort
+
+    def timed_abort(self: HandoffSender, transfer_id: str, reason: str) -> None:
+        aborted_at.append(time.monotonic())
+        abort(self, transfer_id, reason)
+
+    def fill_up(request: Any) -> None:
+        refused_at.append(time.monotonic())
+        raise WorkerBusyError("the queue is full since a moment ago")
+
+    async def scenario() -> None:
+        prefill, decode, client = await pair(model)
+        await client.finish(client.submit([6] * 40, MAX_TOKENS, peer_of(prefill)))  # makes the link
+        monkeypatch.setattr(HandoffSender, "abort", timed_abort)
+        monkeypatch.setattr(prefill.engine, "add", fill_up)
+        request_id = client.submit([5] * 40, MAX_TOKENS, peer_of(prefill))
+        await client.finish(request_id)
+        assert client.paths[request_id] == "fallback"
+        assert decode.metrics.count("antiphon_prefill_attempts_total", outcome="busy") == 1
+        await assert_idle(prefill, decode)
+        assert aborted_at[0] - refused_at[0] > 0.04
         await close(client.session, prefill, decode)
 
     run(scenario())

@@ -44,8 +44,9 @@ def test_another_prefill_worker_goes_on_from_the_tokens_that_arrived(
             first = cluster.prefills[0].card.replica_id
             assert f"prefill attempt 1, at {first}, transfer " in line
             assert f", {outcome}: " in line
-            # Two chunks arrived, if the link was slower than the engine and they went as one.
-            assert line.endswith(tuple(f"; {n} of 59 tokens are still missing" for n in (43, 27)))
+            # More chunks arrived, if the link was slower than the engine and they went as one.
+            missing = (43, 27, 11)
+            assert line.endswith(tuple(f"; {n} of 59 tokens are still missing" for n in missing))
 
     run(scenario())
 

@@ -62,7 +62,7 @@ def test_the_newest_come_first_and_the_bound_holds() -> None:
         client.session.send(PrefillPool(tuple(map(peer_of, prefill))))
         receiver = decode.generate.receiver
         await until(lambda: receiver.counters().prewarmed_links == 2)
-        links = {link.peer_incarnation for link in receiver._links.values()}
+        links = {link.peer_incarnation for link in receiver._links}
         assert links == {worker.card.incarnation for worker in prefill[1:]}
         # A link that nobody uses makes room for one that a request wants.
         request_id = client.submit([5] * 40, 2, peer_of(prefill[0]))

@@ -96,10 +96,11 @@ def test_a_link_that_was_given_up_is_in_quarantine_until_it_is_closed() -> None:
         receiver = decode.generate.receiver
         name = "antiphon_handoff_quarantined_bytes"
         assert value(decode, name) == 0
-        (link_id,) = receiver._links
-        receiver.retire(link_id)
+        (link,) = receiver._links
+        receiver.expect("0" * 32, link.link_id, [0], 0, 1)  # else it would be closed at once
+        receiver.retire(link.link_id)
         assert value(decode, name) > 0
-        receiver._links[link_id].close()
+        receiver.cancel("0" * 32)
         await until(lambda: value(decode, name) == 0)
         await close(client.session, prefill, decode)
 

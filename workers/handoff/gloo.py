@@ -137,7 +137,9 @@ class GlooTransport:
         """See ``Transport.address``; the first use starts to listen."""
         return f"{self._host}:{self._store().port}"
 
-    def accept(self, link_id: str, timeout_seconds: float) -> Link:
+    def accept(
+        self, link_id: str, timeout_seconds: float, set_up_seconds: float | None = None
+    ) -> Link:
         """See ``Transport.accept``."""
         # A client of its own: a TCPStore client serves one waiting thread at a time.
         store = self._client(self._host, self._store().port, timeout_seconds)
@@ -152,7 +154,7 @@ class GlooTransport:
                 self._accepting.discard(link_id)
         if token == _REFUSED:
             raise LinkBrokenError("the link was refused at this end")
-        return self._join(store, link_id, 0, timeout_seconds)
+        return self._join(store, link_id, 0, set_up_seconds or timeout_seconds)
 
     def connect(self, address: str, link_id: str, timeout_seconds: float) -> Link:
         """See ``Transport.connect``."""

@@ -251,21 +251,21 @@ class MemoryTransport:
         """See ``Transport.address``."""
         return self._address
 
-    def accept(self, link_id: str, timeout_seconds: float) -> MemoryLink:
-        """See ``Transport.accept``."""
+    def accept(
+        self, link_id: str, timeout_seconds: float, set_up_seconds: float | None = None
+    ) -> MemoryLink:
+        """See ``Transport.accept``; set-up takes no time."""
         changed = self._network.changed
         with changed:
-            arrived = changed.wait_for(
+            if not changed.wait_for(
                 lambda: link_id in self._waiting or self._closed or link_id in self._refused,
                 timeout_seconds,
-            )
-            if not arrived:
+            ):
                 raise TimeoutError(f"nobody connected in {timeout_seconds} s")
             if self._closed or link_id in self._refused:
                 raise LinkBrokenError("the link was refused at this end")
-            wire = self._waiting.pop(link_id)
             changed.notify_all()
-            return MemoryLink(wire, 0, FaultPlan())
+            return MemoryLink(self._waiting.pop(link_id), 0, FaultPlan())
 
     def connect(self, address: str, link_id: str, timeout_seconds: float) -> MemoryLink:
         """See ``Transport.connect``."""

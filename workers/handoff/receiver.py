@@ -22,6 +22,7 @@ from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.link_log import LinkLog
+from antiphon.workers.handoff.link_table import LinkTable
 from antiphon.workers.handoff.receiver_link import ReceiverLimits, ReceiverLink
 from antiphon.workers.handoff.segment import SenderAccount
 from antiphon.workers.handoff.watchdog import Watchdog
@@ -49,8 +50,7 @@ class HandoffReceiver:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._transfers: dict[str, Incoming] = {}  # oldest first, so the first to time out first
-        self._links: dict[str, ReceiverLink] = {}
-        self._current: dict[str, ReceiverLink] = {}  # by peer, least recently offered first
+        self._links = LinkTable(limits.max_links)
         self.tally = Tally()
         self.log = LinkLog()
         self._closed = False
@@ -70,14 +70,13 @@ class HandoffReceiver:
         with self._lock:
             if self._closed:
                 raise LinkBrokenError("this worker's hand-off receiver is closed")
-            link = self._current.pop(peer_incarnation, None)
+            link = self._links.current(peer_incarnation)
             if link is None:
-                evicted = self._make_room()
+                evicted = self._links.make_room()
                 link = ReceiverLink(
                     self._endpoint, self, uuid.uuid4().hex, (peer_incarnation, peer_name)
                 )
-                self._links[link.link_id] = link
-            self._current[peer_incarnation] = link
+            self._links.offer(link)
         if evicted is not None:
             evicted.close()
         return link.offer(address)
@@ -99,7 +98,8 @@ class HandoffReceiver:
             The transfer, to be read only.
 
         Raises:
-            WorkerBusyError: The bound of pending transfers is reached.
+            WorkerBusyError: The bound of pending transfers is reached, or no thread can be started;
+                the transfer is not live.
             LinkBrokenError: The link is gone; get another offer.
         """
         now = time.monotonic()
@@ -111,10 +111,10 @@ class HandoffReceiver:
             link = self._links.get(link_id)
             if link is None or self._closed:
                 raise LinkBrokenError(f"link {link_id} is gone; ask for a new offer")
+            link.ensure_started()  # first, because it may fail
             transfer = Incoming(transfer_id, link_id, tuple(block_table), (start, end), now)
             self._transfers[transfer_id] = transfer
             link.transfers[transfer_id] = transfer
-            link.ensure_started()
             self._changed.notify_all()
             return transfer
 
@@ -126,11 +126,11 @@ class HandoffReceiver:
             is given up for one that may be wanted.
 
         Raises:
+            WorkerBusyError: No thread can be started; a transfer will try again.
             LinkBrokenError: The receiver is closed.
         """
         with self._lock:
-            has_link = peer_incarnation in self._current
-            if has_link or len(self._links) >= self.limits.max_links:
+            if self._links.current(peer_incarnation) is not None or self._links.is_full:
                 return None
         offer = self.offer(peer_incarnation, peer_name)
         with self._lock:
@@ -158,18 +158,32 @@ class HandoffReceiver:
         """Offer another link from now on: the peer may hang. Transfers on this one go on."""
         with self._lock:
             link = self._links.get(link_id)
-            if link is None or self._current.get(link.peer_incarnation) is not link:
+            if link is None or not self._links.is_current(link):
                 return
-            del self._current[link.peer_incarnation]
-        if num_bytes := link.staging_bytes:
+            is_idle = self._links.retire(link)
+        if is_idle:  # its last transfer may have ended a moment ago
+            link.close()
+        elif num_bytes := link.staging_bytes:
             self.log.quarantined(link.counts.peer, link_id, num_bytes)
+
+    def broke(self, link_id: str, reason: str) -> None:
+        """Offer another link from now on: the sender says that this one broke.
+
+        This end may never notice by itself. Each transfer on it is for its owner to cancel.
+        """
+        with self._lock:
+            link = self._links.get(link_id)
+            if link is None:
+                return
+            link.sender_error = LinkBrokenError(f"the sender says: {reason}")
+            is_idle = self._links.retire(link)
+        if is_idle:
+            link.close()
 
     def leave(self, peer_incarnation: str) -> None:
         """Give up the idle links of a lost peer: where its packets vanish, nothing breaks them."""
         with self._lock:
-            self._current.pop(peer_incarnation, None)
-            links = [li for li in self._links.values() if li.peer_incarnation == peer_incarnation]
-            idle = [self._links.pop(link.link_id) for link in links if not link.transfers]
+            idle = self._links.leave(peer_incarnation)
         for link in idle:
             link.close()
 
@@ -177,11 +191,9 @@ class HandoffReceiver:
         """Count a transfer's payload, and how long it was on its way, as its sender says."""
         self.tally.carried(seconds)
         with self._lock:
-            links = [self._current.get(peer_incarnation), *self._links.values()]
-        for link in links:
-            if link is not None and link.peer_incarnation == peer_incarnation:
-                link.counts.add(num_bytes, seconds)
-                return
+            links = self._links.of_peer(peer_incarnation)
+        if links:
+            links[0].counts.add(num_bytes, seconds)
 
     def counters(self) -> HandoffCounters:
         """What was received and discarded so far."""
@@ -196,14 +208,13 @@ class HandoffReceiver:
     def link_counts(self) -> list[LinkCounts]:
         """What each link has carried."""
         with self._lock:
-            return [link.counts for link in self._links.values()]
+            return [link.counts for link in self._links]
 
     @property
     def quarantined_bytes(self) -> int:
         """Staging of links that were given up, which their peers may still write to."""
         with self._lock:
-            given_up = self._links.keys() - {link.link_id for link in self._current.values()}
-            return sum(self._links[link_id].staging_bytes for link_id in given_up)
+            return sum(link.staging_bytes for link in self._links.given_up)
 
     @property
     def num_pending(self) -> int:
@@ -215,7 +226,7 @@ class HandoffReceiver:
         """Break all links; ends live transfers with ``LinkBrokenError``."""
         with self._lock:
             self._closed = True
-            links = list(self._links.values())
+            links = list(self._links)
             self._watchdog.stop()
         for link in links:
             link.close()
@@ -238,21 +249,20 @@ class HandoffReceiver:
     def complete(self, transfer: Incoming, account: SenderAccount) -> None:
         """End a transfer that has all its tokens, with what its sender says of it."""
         transfer.account = account
-        self.tally.completed()
         self.end(transfer, None)
 
     def end(self, transfer: Incoming, error: HandoffError | None) -> None:
-        """End a transfer, if nobody else has."""
+        """End a transfer, complete if there is no error, unless somebody else has."""
         if transfer.fence():
+            if error is None:
+                self.tally.completed()
             self._forget(transfer)
             self._on_complete(transfer.transfer_id, transfer.num_received, error)
 
     def link_ended(self, link: ReceiverLink, error: HandoffError) -> None:
         """Forget a link and fail its transfers."""
         with self._lock:
-            self._links.pop(link.link_id, None)
-            if self._current.get(link.peer_incarnation) is link:
-                del self._current[link.peer_incarnation]
+            self._links.drop(link)
             ended = list(link.transfers.values())
         self._endpoint.transport.refuse(link.link_id)
         for transfer in ended:
@@ -261,22 +271,9 @@ class HandoffReceiver:
     def forget_if_idle(self, link: ReceiverLink) -> bool:
         """Forget an offered link that nobody has connected to, unless a transfer needs it."""
         with self._lock:
-            if link.transfers:
-                return False
-            self._links.pop(link.link_id, None)
-            if self._current.get(link.peer_incarnation) is link:
-                del self._current[link.peer_incarnation]
-            return True
-
-    def _make_room(self) -> ReceiverLink | None:
-        if len(self._links) < self.limits.max_links:
-            return None
-        for link in [*self._current.values(), *self._links.values()]:
             if not link.transfers:
-                self._links.pop(link.link_id)
-                self._current.pop(link.peer_incarnation, None)
-                return link
-        raise WorkerBusyError(f"all {len(self._links)} hand-off links of this worker are in use")
+                self._links.drop(link)
+            return not link.transfers
 
     def _forget(self, transfer: Incoming) -> None:
         """Drop a fenced transfer, and its link if that was only kept for it."""
@@ -287,7 +284,7 @@ class HandoffReceiver:
             link = self._links.get(transfer.link_id)
             if link is not None:
                 link.transfers.pop(transfer.transfer_id, None)
-                if not link.transfers and self._current.get(link.peer_incarnation) is not link:
+                if not link.transfers and not self._links.is_current(link):
                     unused = link
         if unused is not None:
             unused.close()

@@ -7,6 +7,7 @@ the other buffer. Whatever comes is read before it is judged, so that the link s
 header that can't be trusted breaks the link.
 """
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from antiphon.config import HandoffConfig
-from antiphon.errors import HandoffError, LinkBrokenError, SegmentRejectedError
+from antiphon.errors import HandoffError, LinkBrokenError, SegmentRejectedError, WorkerBusyError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import LinkCounts
 from antiphon.workers.handoff.endpoint import Endpoint
@@ -24,7 +25,7 @@ from antiphon.workers.handoff.handshake import answer, refusal_reason
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.segment import Epochs, Header, Kind, as_bytes
 from antiphon.workers.handoff.staging import Frame, Staging
-from antiphon.workers.handoff.transport import Link, Place
+from antiphon.workers.handoff.transport import Link, Pending, Place
 
 if TYPE_CHECKING:
     from antiphon.workers.handoff.receiver import HandoffReceiver
@@ -35,7 +36,7 @@ class ReceiverLimits:
     """Bounds of a ``HandoffReceiver``."""
 
     timeout_seconds: float = 60.0  # from expect to END
-    io_timeout_seconds: float = 10.0  # for the handshake; for a payload beside its header
+    io_timeout_seconds: float = 10.0  # for set-up and handshake; for a payload beside its header
     max_pending: int = 32
     max_links: int = 64
     segment_bytes: int = Place.HOST.segment_bytes  # the largest payload; a link stages two
@@ -62,6 +63,7 @@ class ReceiverLink:
         self.counts = LinkCounts(peer_name or self.peer_incarnation, "received")
         self.transfers: dict[str, Incoming] = {}  # guarded by the receiver's lock
         self.is_closing = False
+        self.sender_error: HandoffError | None = None  # it says that the link broke
         self.is_prewarm = False  # until a transfer wants it, nobody else hears of its failure
         self._endpoint = endpoint
         self._receiver = receiver
@@ -92,11 +94,19 @@ class ReceiverLink:
         )
 
     def ensure_started(self) -> None:
-        """Start to accept and read: when a transfer is expected, or to prewarm the link."""
+        """Start to accept and read: when a transfer is expected, or to prewarm the link.
+
+        Raises:
+            WorkerBusyError: This worker may have no further thread; it can be tried again.
+        """
         if self._thread is None:
             name = f"handoff-recv-{self.link_id[:8]}"
-            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise WorkerBusyError(f"no thread for a hand-off link: {error}") from error
+            self._thread = thread
 
     def close(self) -> None:
         """Break the link, or stop offering it."""
@@ -135,12 +145,15 @@ class ReceiverLink:
         if self._link is not None:
             self._link.close()
         self._staging.release()
-        if not self.is_closing:
+        is_news = not self.is_closing
+        if self.is_closing and self.sender_error is not None:  # which is why this end closed it
+            error, is_news = self.sender_error, True
+        if is_news:
             self._account_for(error)
         self._receiver.link_ended(self, error)
 
     def _account_for(self, error: HandoffError) -> None:
-        """Count and log the end of a link that nobody here has closed."""
+        """Count and log the end of a link that broke, or that the ends do not agree about."""
         tally, log, peer = self._receiver.tally, self._receiver.log, self.counts.peer
         refused = None if self._has_greeted else refusal_reason(error)
         transfer_ids = tuple(self.transfers)
@@ -156,10 +169,11 @@ class ReceiverLink:
 
     def _accept(self) -> Link | None:
         """Wait for the sender for as long as transfers are expected from it."""
+        limits = self._receiver.limits
         while True:
             try:
                 link = self._endpoint.transport.accept(
-                    self.link_id, self._receiver.limits.timeout_seconds
+                    self.link_id, limits.timeout_seconds, limits.io_timeout_seconds
                 )
             except TimeoutError:
                 if self._receiver.forget_if_idle(self):
@@ -175,8 +189,8 @@ class ReceiverLink:
     def _give_up_waiting(self) -> None:
         """Nobody has connected, and no transfer wants it any more."""
         if self.is_prewarm and not self.is_closing:
-            self._receiver.tally.prewarm_failed("no_answer")
             self._receiver.log.not_prewarmed(self.counts.peer, self.link_id)
+            self._receiver.tally.prewarm_failed("no_answer")
         self.is_closing = True
 
     def _read(self, link: Link) -> None:
@@ -187,8 +201,24 @@ class ReceiverLink:
         while True:
             pending.popleft().wait(timeout_seconds=None)
             self._take(link, frames[0])
-            pending.append(link.start_recv(frames[0].message))
+            try:
+                pending.append(link.start_recv(frames[0].message))
+            except LinkBrokenError:
+                self._take_landed(link, pending.popleft(), frames[1])
+                raise
             frames.rotate()
+
+    def _take_landed(self, link: Link, pending: Pending, frame: Frame) -> None:
+        """Deliver the message that had landed before its sender closed the link, if one had.
+
+        To the sender it was delivered, and its link idle. Nothing counts once this end has closed.
+        """
+        with contextlib.suppress(LinkBrokenError):  # at once, if nothing had come
+            pending.wait(self._receiver.limits.io_timeout_seconds)
+            is_kv = Header.unpack(frame.header).kind is Kind.DATA
+            # KV beside its header cannot come any more: its receive is posted after the header's.
+            if not self.is_closing and not (is_kv and frame.is_split):
+                self._take(link, frame)
 
     def _take(self, link: Link, frame: Frame) -> None:
         """Deliver a message, with the payload that may come beside it."""

@@ -39,7 +39,7 @@ class Pending(Protocol):
     """A send or receive that was started."""
 
     def wait(self, timeout_seconds: float | None) -> None:
-        """Wait for the end.
+        """Wait for the end. One that came before the link broke is an end like any other.
 
         Args:
             timeout_seconds: Running out of it breaks the link. None: wait as long as the link
@@ -97,8 +97,16 @@ class Transport(Protocol):
     def address(self) -> str:
         """Where other workers reach ``accept``, as host:port."""
 
-    def accept(self, link_id: str, timeout_seconds: float) -> Link:
+    def accept(
+        self, link_id: str, timeout_seconds: float, set_up_seconds: float | None = None
+    ) -> Link:
         """Wait for the other end of a link.
+
+        Args:
+            link_id: Of a link that is offered.
+            timeout_seconds: For the other end to come.
+            set_up_seconds: For the rest, from then on; ``connect`` has its own bound for that. The
+                end that gives up last holds the link that long. None: ``timeout_seconds``.
 
         Raises:
             TimeoutError: Nobody connected; ``accept`` may be called again.

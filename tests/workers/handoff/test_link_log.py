@@ -82,6 +82,22 @@ def test_a_broken_link_is_named_with_its_transfers(make_memory_pair, lines):
         assert (end.counters().broken_links, end.counters().refused_links) == (1, {})
 
 
+def test_a_link_that_the_sender_says_broke_is_counted_though_this_end_closes_it(
+    make_memory_pair, lines
+):
+    pair = make_memory_pair()
+    transfer_id = pair.begin(SOURCE, TARGET, 0, 20)
+    wait_until(lambda: pair.receiver.counters().links_made == 1)
+    link_id = pair.receiver.offer("prefill-1").link_id
+    pair.receiver.broke(link_id, "a segment was not taken in 10 s")
+    assert pair.receiver.offer("prefill-1").link_id != link_id
+    assert pair.receiver.cancel(transfer_id)
+    wait_until(lambda: pair.receiver.counters().broken_links == 1)
+    (line,) = lines("broke: the sender says: a segment was not taken", "prefill-1")
+    assert link_id in line
+    assert lines("is given up") == []
+
+
 def test_a_link_that_this_worker_closes_is_no_news(make_memory_pair, lines):
     pair = make_memory_pair()
     pair.transfer(SOURCE, TARGET, 0, 20)
@@ -110,6 +126,7 @@ def test_quarantined_staging_is_named(make_memory_pair, lines):
     assert pair.next_completed() == (transfer_id, 20, None)
     pair.next_done()
     link_id = pair.receiver.offer("prefill-1").link_id
+    pair.receiver.expect("0" * 32, link_id, TARGET, 0, 4)  # else it would be closed
     num_bytes = pair.receiver.counters().staging_bytes
     for _ in range(2):
         pair.receiver.retire(link_id)

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from handoff_pair import handoff_threads, wait_until
+from half_made_link import HalfMade
+from handoff_pair import Pair, handoff_threads, wait_until
 from nccl_stand_in import stand_in_transport
 
 from antiphon.errors import LinkBrokenError
 from antiphon.workers.handoff import set_up
+from antiphon.workers.handoff.gloo import GlooTransport
+from antiphon.workers.handoff.receiver import ReceiverLimits
 from antiphon.workers.handoff.set_up import SetUps
 
 WAIT_SECONDS = 10.0
@@ -97,7 +100,7 @@ def test_a_link_whose_communicator_is_never_made_breaks_at_both_ends(peer: Peer)
 
     def accept() -> None:
         try:
-            accepting.accept("link", 0.5)
+            accepting.accept("link", 60, 0.5)
         except LinkBrokenError as error:
             errors.append(error)
 
@@ -112,3 +115,15 @@ def test_a_link_whose_communicator_is_never_made_breaks_at_both_ends(peer: Peer)
     peer.comes.set()
     wait_until(lambda: len(peer.made) == 2)
     assert all(made.aborted.wait(WAIT_SECONDS) for made in peer.made)
+
+
+def test_a_link_that_only_one_end_could_make_is_offered_no_longer_than_that_may_take() -> None:
+    """Nobody says that a link failed which no transfer wanted yet."""
+    limits = ReceiverLimits(timeout_seconds=60, io_timeout_seconds=0.5)
+    pair = Pair(HalfMade("127.0.0.1"), GlooTransport("127.0.0.1"), receiver_limits=limits)
+    pair.sender.prewarm(pair.receiver.prewarm("prefill-1"))
+    wait_until(lambda: pair.receiver.num_links == 0)
+    assert pair.receiver.counters().failed_prewarms == {"broken": 1}
+    transfer_id = pair.transfer([3, 1], [2, 6], 0, 8)
+    assert pair.next_completed() == (transfer_id, 8, None)
+    pair.close()
