@@ -154,6 +154,7 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
 
 def _join(address: str) -> None:
     import ray
+    import ray.exceptions
 
     from antiphon.deployment.ray_address import reachable_head
 
@@ -161,7 +162,7 @@ def _join(address: str) -> None:
     try:
         found = reachable_head(address)
         ray.init(address=found, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(f"cannot join a Ray cluster at {address}: {error}") from None
 
 

@@ -19,8 +19,9 @@ import ray._private.services
 import ray._private.state
 import ray._raylet
 from ray.core.generated import autoscaler_pb2
+from ray.exceptions import RayError
 
-from antiphon.deployment.ray_address import reachable_head
+from antiphon.deployment.ray_address import find_token, reachable_head
 from antiphon.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,19 @@ def drain_node(
         report: Called with one line whenever less is left.
 
     Raises:
-        ConfigError: No cluster runs here, the node cannot be told, or it is the head.
+        ConfigError: No cluster runs here or it does not answer this program, the node cannot be
+            told, or it is the head.
     """
     address = _cluster_here()
+    try:
+        return _empty(address, node, within_seconds, report)
+    except RayError as error:
+        raise ConfigError(f"cannot ask the Ray cluster at {address}: {error}") from None
+
+
+def _empty(
+    address: str, node: str | None, within_seconds: float, report: Callable[[str], None]
+) -> bool:
     deadline = time.monotonic() + within_seconds
     cluster = _connect(address)
     node_id = node or _node_here(cluster.node_table(), address)
@@ -73,9 +84,11 @@ def _cluster_here() -> str:
     if known is None:
         raise ConfigError("no Ray cluster runs on this machine, and RAY_ADDRESS is not set")
     try:
-        return reachable_head(known)
+        found = reachable_head(known)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot ask a Ray cluster at {known}: {error}") from None
+    find_token()
+    return found
 
 
 def _connect(address: str) -> Any:

@@ -83,12 +83,12 @@ def test_ray_accepts_the_cluster() -> None:
 
 @pytest.mark.parametrize("kind", ["head", "worker"])
 def test_nodes_start_with_options_that_ray_has(kind: str, tmp_path: Path) -> None:
-    """The shell reads the commands; programs that print their arguments stand in for Ray's."""
+    """The shell reads the commands; programs that print how they are called stand in for Ray's."""
     (tmp_path / "pool").write_text("decode\n")
     (tmp_path / "workers").write_text("4\n")
     for name in ("ray", "antiphon"):
         program = tmp_path / name
-        program.write_text('#!/bin/sh\nprintf "%s\\0" "$@"; echo\n')
+        program.write_text('#!/bin/sh\nprintf "%s\\0" "$RAY_AUTH_MODE" "$@"; echo\n')
         program.chmod(0o755)
     script = "\n".join(start_commands()[kind])
     script = script.replace("/opt/antiphon/bin", str(tmp_path)).replace(
@@ -103,7 +103,10 @@ def test_nodes_start_with_options_that_ray_has(kind: str, tmp_path: Path) -> Non
         check=True,
     )
     calls = [line.rstrip("\0").split("\0") for line in answer.stdout.splitlines()]
-    (options,) = [call[1:] for call in calls if call[0] == "start"]
+    modes = {command: mode for mode, command, *_ in calls}
+    assert modes.pop("stop") == ""  # which asks nobody
+    assert modes == dict.fromkeys({"head": ["start"], "worker": ["drain", "start"]}[kind], "token")
+    (options,) = [call[2:] for call in calls if call[1] == "start"]
     parsed = ray_command.commands["start"].make_context("ray", list(options)).params
     if kind == "head":
         assert (parsed["head"], parsed["num_cpus"], parsed["num_gpus"]) == (True, 0, 0)

@@ -1,10 +1,13 @@
 """Which node ``antiphon drain`` takes for its own; tests/e2e/test_chart.py drains one."""
 
+import socket
 import time
 
 import pytest
 from ray._private import services
+from ray.exceptions import RaySystemError
 
+from antiphon.deployment import node_drain
 from antiphon.deployment.node_drain import _node_here, drain_node
 from antiphon.errors import ConfigError
 
@@ -36,3 +39,16 @@ def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match=r"cannot ask .* at 127\.0\.0\.1:9: nobody"):
         drain_node(None, 60)
     assert time.monotonic() - started_at < 10
+
+
+def test_a_cluster_that_does_not_let_this_program_in_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: str) -> None:
+        raise RaySystemError("Failed to connect to GCS")
+
+    monkeypatch.setattr(node_drain, "_connect", refuse)
+    with socket.create_server(("", 0)) as head:  # Ray takes this machine's address for localhost
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.getsockname()[1]}")
+        with pytest.raises(ConfigError, match=r"cannot ask .* at .*:\d+: .*connect to GCS"):
+            drain_node(None, 60)

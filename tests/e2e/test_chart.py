@@ -5,7 +5,6 @@ Stands in for a Kubernetes cluster: one Ray node for each pod, with the options 
 """
 
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -112,7 +111,7 @@ def test_the_rendered_application_answers_and_a_pod_leaves_without_cutting_a_str
         command = [Path(sys.executable).parent / "antiphon", "drain", "--within", "100"]
         return subprocess.run(
             [*command, "--node", before["decode"]],
-            env={**os.environ, "RAY_ADDRESS": address},
+            env=ray_nodes.shell(tmp_path, address),
             capture_output=True,
             text=True,
             timeout=120,

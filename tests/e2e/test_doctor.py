@@ -72,8 +72,9 @@ def test_nodes_are_measured_and_what_is_wrong_with_them_is_named(
     )
     program = Path(sys.executable).parent / "antiphon"
     answer = subprocess.run(
-        [program, "doctor", "--address", address, "--config", "pools.yaml", "--json"],
+        [program, "doctor", "--address", "auto", "--config", "pools.yaml", "--json"],
         cwd=tmp_path,
+        env=ray_nodes.shell(tmp_path, address),
         capture_output=True,
         text=True,
         timeout=220,

@@ -16,6 +16,7 @@ from antiphon.deployment.openai_api import ChatCompletionRequest, CompletionRequ
 with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.
     warnings.simplefilter("ignore", DeprecationWarning)
+    from ray._private.authentication.authentication_token_setup import AUTH_MODE_ENV_VAR
     from ray.scripts.scripts import cli as ray_command
     from ray.serve.scripts import cli as serve_command
 
@@ -109,6 +110,10 @@ def check_kubectl(words: list[str]) -> None:
     assert _KUBECTL & set(words)
 
 
+def check_export(words: list[str]) -> None:
+    assert words == [f"{AUTH_MODE_ENV_VAR}=token"]
+
+
 def check_python(words: list[str]) -> None:
     assert words[:2] == ["-m", "venv"]
 
@@ -122,6 +127,7 @@ _CHECKS = {
     "antiphon": check_antiphon,
     "curl": check_curl,
     "docker": check_docker,
+    "export": check_export,
     "helm": check_helm,
     "kubectl": check_kubectl,
     "make": check_make,

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from network import enter, kill_all_in
@@ -37,6 +38,21 @@ def node_options(start_params: dict[str, str]) -> dict[str, Any]:
         "resources": json.loads(resources),
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
+
+
+def shell(folder: Path, address: str) -> dict[str, str]:
+    """The environment of a shell on a machine of this process's cluster that asks for a token.
+
+    Ray's note of the cluster and the token are in files, and no variable speaks of either.
+    """
+    token = folder / "home/.ray/auth_token"
+    token.parent.mkdir(parents=True, exist_ok=True)
+    token.write_text(os.environ["RAY_AUTH_TOKEN"])
+    (folder / "ray").mkdir()
+    (folder / "ray/ray_current_cluster").write_text(address)
+    unset = {"RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    return {**kept, "HOME": str(folder / "home"), "RAY_TMPDIR": str(folder)}
 
 
 def read_address(log: str) -> str:
