@@ -88,8 +88,8 @@ class ClusterBackend:
 
     @property
     def listed_workers(self) -> list[WorkerCard]:
-        """The workers that Serve runs, connected or not."""
-        return self.sessions.listed
+        """The workers to scrape: those that Serve runs, and those that leave and are not gone."""
+        return self.sessions.known
 
     @property
     def view(self) -> ClusterView:

@@ -4,7 +4,8 @@ Serve's proxy sends a request to any ingress, so what ``/metrics`` answers throu
 of them, now this and now that. To be scraped, each has a port of its own. Which others there are an
 ingress asks all of them, through Serve, when it is asked itself: there is no second list to go
 stale. While some do not answer, those that did before stay listed, so that ``up`` shows them.
-Workers are those that Serve lists, connected or not, for the same reason.
+Workers are those that Serve lists, connected or not, for the same reason; one that it stops stays a
+target while it has a session with the ingress that answers.
 """
 
 import asyncio

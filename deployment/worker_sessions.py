@@ -66,6 +66,12 @@ class WorkerSessions:
         return [connection.card for connection in self._connections.values()]
 
     @property
+    def known(self) -> list[WorkerCard]:
+        """The workers that Serve runs, and those that it stops, until their sessions end."""
+        leaving = self.leaving
+        return [*self.listed, *(card for card in self.connected if card.incarnation in leaving)]
+
+    @property
     def leaving(self) -> set[str]:
         """Incarnations that have a session still, but that Serve lists no more."""
         return self._connections.keys() - self._listed.keys()

@@ -98,3 +98,25 @@ def test_workers_are_targets_whether_connected_or_not_and_serve_their_metrics() 
         await server.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_worker_that_drains_is_scraped_until_it_is_gone() -> None:
+    """Serve lists it no more from the moment that it is told to stop."""
+
+    async def scenario() -> None:
+        worker = await start(Role.COLOCATED, tiny_model("llama"))
+        backend = ClusterBackend("tiny", RouterConfig(), {Role.COLOCATED}, IngressMetrics())
+        backend.set_workers(Role.COLOCATED, {worker.card.replica_id: worker.card})
+        await until(lambda: backend.is_ready()[0])
+        await worker.drain(0.0)
+        backend.set_workers(Role.COLOCATED, {})
+        (target,) = discovered([], backend.listed_workers)
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(f"http://{target['targets'][0]}/metrics")
+        assert 'antiphon_draining{role="colocated"} 1.0' in answer.text
+        assert not backend.is_ready()[0]
+        await worker.close()
+        await until(lambda: not discovered([], backend.listed_workers))
+        await backend.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))

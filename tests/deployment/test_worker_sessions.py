@@ -114,8 +114,11 @@ def test_a_worker_that_leaves_keeps_its_session_and_is_not_sought_afterwards() -
         rig.show(Role.COLOCATED)
         assert (rig.sessions.is_listed(incarnation), rig.sessions.leaving) == (False, {incarnation})
         assert rig.sessions.get(incarnation) is not None
+        assert [card.incarnation for card in rig.sessions.known] == [incarnation]
+        assert not rig.sessions.listed
         await worker.close()
         await until(lambda: not rig.sessions._tasks)
+        assert not rig.sessions.known
         assert rig.metrics.count("antiphon_router_sessions_lost_total", pool="colocated") == 0
         await rig.close()
 

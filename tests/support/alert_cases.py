@@ -47,8 +47,9 @@ def of_ingress(name: str, values: str, labels: str = "") -> Series:
 
 def lives(*lives: str) -> Series:
     """Workers of one pool, each under an incarnation of its own."""
+    info = 'antiphon_worker_info{job="a", pool="decode", '
     return {
-        f'antiphon_worker_info{{job="a", pool="decode", worker="d#{i}", incarnation="{i}"}}': values
+        f'{info}instance="d:{i}", worker="d#{i}", incarnation="{i}"}}': values
         for i, values in enumerate(lives)
     }
 
@@ -163,13 +164,6 @@ CAPACITY = [
         # Full of long answers that all fit.
         of_worker("antiphon_kv_cache_usage_ratio", "0.99x20")
         | of_worker("antiphon_preemptions_total", "4x20"),
-        D1_ALL,
-    ),
-    AlertCase(
-        "AntiphonDrainingTooLong",
-        20,
-        of_worker("antiphon_draining", "0 1x30"),
-        of_worker("antiphon_draining", "0 1x10 0x20"),
         D1_ALL,
     ),
 ]

@@ -56,7 +56,9 @@ LADDER = [
         "AntiphonWorkersUnreachable",
         10,
         lives("1x20", "1x20") | of_ingress("antiphon_router_workers", "2 1x20", 'pool="decode"'),
-        lives("1x20", "1x20")
+        # One is met late, and one drains, which an ingress that is younger does not know.
+        lives("1x20", "1x20", "1x20")
+        | {'antiphon_draining{job="a", instance="d:2", pool="decode"}': "1x20"}
         | of_ingress("antiphon_router_workers", "2 1 1 2x20", 'pool="decode"'),
         {"job": "a", "pool": "decode"},
     ),
