@@ -96,17 +96,17 @@ def ingress_request(metrics: IngressMetrics) -> Callable[[], object]:
     decision: Any = SimpleNamespace()
 
     def work() -> None:
-        metrics.request_began()
-        metrics.decision_took(5e-5)
-        metrics.decided("remote")
-        journey = Journey(0.0, CONTEXT)
-        journey.sent(Attempt(decision, "r", 0.01))
-        journey.answered(TIMING)
-        metrics.first_token_came("remote", 0.5, 0.6)
-        metrics.tokens_left(journey, 1, 0.8)
-        journey.took(1, 1.0)
-        metrics.choice_ended(journey)
-        metrics.request_used(CONTEXT, OUTPUT_TOKENS)
+        with metrics.request_in_progress():
+            metrics.decision_took(5e-5)
+            metrics.decided("remote")
+            journey = Journey(0.0, CONTEXT)
+            journey.sent(Attempt(decision, "r", 0.01))
+            journey.answered(TIMING)
+            metrics.first_token_came("remote", 0.5, 0.6)
+            metrics.tokens_left(journey, 1, 0.8)
+            journey.took(1, 1.0)
+            metrics.choice_ended(journey)
+            metrics.request_used(CONTEXT, OUTPUT_TOKENS)
         metrics.request_ended("length", 30.0)
 
     return work

@@ -175,11 +175,15 @@ class CompletionResponse(Response):
         """
         planner, body, request_id = self._planner, self._body, scope[REQUEST_ID_KEY]
         write = self._write_stream if body.stream else self._write_whole
-        with self._service.slots.hold(planner.count_choices(body)) as release_slots:
+        service = self._service
+        with (
+            service.metrics.request_in_progress(),
+            service.slots.hold(planner.count_choices(body)) as release_slots,
+        ):
             choices = await planner.plan(body, scope[ARRIVED_AT_KEY])
             scope[OPEN_REQUEST_KEY].planned(body, [choice.journey for choice in choices])
             texts = [self._text_stream() for _ in choices]
-            answer = Answer(choices, texts, self._service.metrics)
+            answer = Answer(choices, texts, service.metrics)
             try:
                 async with Generations(planner.backend, request_id, choices) as generations:
                     exchange = _Exchange(request_id, generations, answer, send, release_slots)

@@ -61,7 +61,6 @@ class RequestMetricsMiddleware:
                 status = message["status"]
             await send(message)
 
-        self._metrics.request_began()
         scope[OPEN_REQUEST_KEY] = request = self._enter(scope)
         outcome = "failed"
         try:

@@ -4,6 +4,8 @@ Everything is counted on the event loop. A request is counted once, by ``request
 that came to its end once, by ``choice_ended``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 
 from antiphon.config import RouterConfig
@@ -49,7 +51,8 @@ class IngressMetrics(Metrics):
             "Looks at the file of API keys that found it changed and of no use.",
         ).labels(self.role)
         self._in_progress = self.gauge(
-            "antiphon_requests_in_progress", "Generation requests that have not ended."
+            "antiphon_requests_in_progress",
+            "Generation requests that have come whole and have not ended.",
         ).labels(self.role)
         self._ttft = self.histogram(
             "antiphon_time_to_first_token_seconds",
@@ -148,13 +151,20 @@ class IngressMetrics(Metrics):
         """The file of API keys has changed, and is of no use."""
         self._key_file_failures.inc()
 
-    def request_began(self) -> None:
-        """A generation request has arrived."""
+    @contextmanager
+    def request_in_progress(self) -> Iterator[None]:
+        """A generation request has come whole; it ends with the block.
+
+        One whose client is still sending it waits for nobody here, however long that takes.
+        """
         self._in_progress.inc()
+        try:
+            yield
+        finally:
+            self._in_progress.dec()
 
     def request_ended(self, outcome: str, seconds: float) -> None:
-        """It has been answered, or left alone; ``seconds`` since its arrival."""
-        self._in_progress.dec()
+        """One has been answered, or left alone; ``seconds`` since its arrival."""
         self._requests.labels(self.role, outcome).inc()
         if outcome in _FINISHED:
             self._e2e.observe(seconds)

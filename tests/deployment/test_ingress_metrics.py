@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
@@ -134,6 +135,39 @@ def test_serve_cancels_a_request_whose_client_has_gone(noted: dict, outcome: str
     asyncio.run(scenario())
     assert outcomes(metrics) == {outcome: 1}
     assert metrics.count("antiphon_requests_in_progress") == 0
+
+
+def test_a_request_is_in_progress_once_it_has_come_whole() -> None:
+    """However long a client takes to send one, it waits for nobody here."""
+    backend, metrics, gate = ScriptedBackend(), IngressMetrics(), Gate()
+    backend.plays(gate, says("hi", "stop"))
+    app = create_app(backend, CharTokenizer(), max_concurrent_requests=2, metrics=metrics)
+    document = json.dumps(body()).encode()
+
+    async def scenario() -> None:
+        asked, rest = asyncio.Event(), asyncio.Event()
+
+        async def upload() -> AsyncIterator[bytes]:
+            yield document[:9]
+            asked.set()
+            await rest.wait()
+            yield document[9:]
+
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            asking = asyncio.create_task(client.post("/v1/completions", content=upload()))
+            await asked.wait()
+            assert metrics.count("antiphon_requests_in_progress") == 0
+            rest.set()
+            while not backend.calls:
+                await asyncio.sleep(0.001)
+            assert metrics.count("antiphon_requests_in_progress") == 1
+            gate.open()
+            assert (await asking).status_code == 200
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert metrics.count("antiphon_requests_in_progress") == 0
+    assert outcomes(metrics) == {"stop": 1}
 
 
 def travelled(ttft: float, gaps: list[float]) -> tuple[IngressMetrics, Journey]:
