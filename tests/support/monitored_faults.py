@@ -107,8 +107,8 @@ class Faults:
             proxy.delay_seconds = seconds
 
     def hang(self, system: MonitoredSystem) -> None:
-        """Hold every engine that decodes."""
-        for worker in system.decode:
+        """Hold every engine: one that goes on would be progress."""
+        for worker in (*system.prefill, *system.decode, *system.others):
             worker.engine.call(lambda _: self._engines_go_on.wait(_HOLD_SECONDS))
 
 
