@@ -7,6 +7,7 @@ compiler: they are a pytest run of their own, which ``make test`` makes. Others 
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,10 @@ HAS_GPU = torch.cuda.is_available()
 
 if IN_INTERPRETER:
     import interpreter_mend  # noqa: F401
+
+# Shells let what they start in the background ignore Ctrl-C, and all that it starts: `serve run`
+# could not be stopped.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

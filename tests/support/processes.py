@@ -16,6 +16,7 @@ from typing import Any
 
 START_SECONDS = 180.0
 STOP_SECONDS = 60.0
+LEFT_SECONDS = 30.0  # Ray's dashboard and agents end after what has started them
 KILL_SECONDS = 20.0
 _MARK = "ANTIPHON_TEST_RUN"
 
@@ -89,7 +90,8 @@ class Product:
             self.process.send_signal(signal.SIGINT)
         try:
             self.process.communicate(timeout=STOP_SECONDS)
-            wait_for(lambda: not self.processes(), 10.0, lambda: f"left: {self.processes()}")
+            left = self.processes
+            wait_for(lambda: not left(), LEFT_SECONDS, lambda: f"left: {left()}")
         finally:
             self.kill()
 
