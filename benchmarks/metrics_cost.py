@@ -69,7 +69,7 @@ def worker_request() -> Callable[[], object]:
         timeline.timing("remote", (1.5, 1.8), computes_prompt=False)
         metrics.prefill_attempt("complete")
         metrics.received(CONTEXT)
-        metrics.transferred(REMOTE.send)
+        metrics.transferred(REMOTE.send, 0.01)
         metrics.request_ended("length")
 
     return work
