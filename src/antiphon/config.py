@@ -152,9 +152,7 @@ class RouterConfig(_Section):
         1.5e9, description="Assumed rate of a link, to predict what a hand-off takes."
     )
     max_replays: Annotated[int, Field(ge=0)] = Field(
-        3,
-        description="Times that a request goes on at another worker after its own was lost. One "
-        "that is stopped and gives its requests back does not count.",
+        3, description="Workers that a request may lose; one that stops and gives it back is none."
     )
     replay_wait_seconds: Annotated[float, Field(ge=0)] = Field(
         20.0,
