@@ -5,6 +5,7 @@ the test ends with a system that nobody would want.
 """
 
 import asyncio
+import random
 import tempfile
 import threading
 import time
@@ -16,16 +17,19 @@ import aiohttp
 from crew import watch
 from fault_cells import Step
 from faulty_transport import FaultyLink, Message, Send
-from monitored_system import MAX_CHOICES, MonitoredSystem, monitored_system, post
-from pools import Client, until
+from monitored_system import MAX_CHOICES, MonitoredSystem, client, monitored_system, post
+from pools import Client, peer_of, until
+from tiny_models import VOCAB_SIZE
 
 from antiphon.deployment.api_keys import ApiKeys
 from antiphon.messages import Role
 from antiphon.workers.batch import Batch
 
-_SLOW_SEND_SECONDS = 0.12
+_SLOW_SEND_SECONDS = 0.2
 _SLOW_STEP_SECONDS = 0.02
 _NUM_REPEATS = 60
+_NUM_BREAKS = 5
+_PROMPT_TOKENS = 70
 _NUM_CUTS, _NUM_REPLAYS = 6, 10
 _LOST = {"reason": "lost", "outcome": "resumed"}
 _LIFE_SECONDS = 8.0  # less than the ten minutes of the rule, more than Prometheus takes to see it
@@ -77,20 +81,24 @@ class Faults:
 
     # On the event loop.
 
-    async def strike(self, system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
-        """Make all faults that leave most of the system working."""
+    async def disturb(self, system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
+        """Make the faults that leave every hand-off possible; the last of them makes it slow."""
+        system.spawn(_ask_for_hand_offs(system))
         system.spawn(_overload(system))  # or it would take all requests, since it needs no hand-off
         await _break_links(system)  # while they are mostly idle, and breaking shuns nobody
-        await self._damage_messages()  # while decode workers still ask this prefill worker
-        await _cut_sessions(system)  # while routers know how busy the other workers are
+        await self._damage_messages()
+        await _cut_sessions(system, session)
+        system.spawn(_spoil_the_key_file(system))
         self._is_sending_slowly = True
+        await _short_lives(system)
+
+    def obstruct(self, system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
+        """Make those that hand-offs fail of, or that leave an ingress no room for any."""
         self._reader_goes_on.clear()
         system.decode[1]._telemetry.publish = lambda: None  # type: ignore[method-assign]
         system.spawn(_drain_for_ever(system))
         system.spawn(_ask_too_much(system, session))
-        system.spawn(_spoil_the_key_file(system))
         _fail_a_step(system)
-        await _short_lives(system)
 
     async def _damage_messages(self) -> None:
         self._repeats_next = True
@@ -119,9 +127,9 @@ async def _drain_for_ever(system: MonitoredSystem) -> None:
 async def _overload(system: MonitoredSystem) -> None:
     """Fill the colocated worker's cache and queue, faster than its slow steps can empty them."""
     watch(system.colocated, lambda batch: time.sleep(_SLOW_STEP_SECONDS))
-    client = await Client.connect(system.colocated)
+    flooding = await Client.connect(system.colocated)
     while True:
-        client.submit([5] * 20, 60)
+        flooding.submit([5] * 20, 60)
         await asyncio.sleep(0.05)
 
 
@@ -145,9 +153,11 @@ async def _spoil_the_key_file(system: MonitoredSystem) -> None:
             await asyncio.sleep(0.1)
 
 
-async def _cut_sessions(system: MonitoredSystem) -> None:
-    """Cut them while streams pass, until enough of those went on elsewhere."""
+async def _cut_sessions(system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
+    """Cut those with one worker while streams pass, until enough of them went on at the other."""
     first = system.ingresses[0]
+    # With fewer, the router may well have a use for the other worker alone.
+    more = [system.spawn(client(session, first.url, seed)) for seed in range(100, 108)]
     num_cuts = 0
     async with asyncio.timeout(_HOLD_SECONDS):
         while (
@@ -160,13 +170,28 @@ async def _cut_sessions(system: MonitoredSystem) -> None:
                 system.proxies[0].cut()
                 num_cuts += 1
                 await asyncio.sleep(0.3)
+    for task in more:
+        task.cancel()
 
 
 async def _break_links(system: MonitoredSystem) -> None:
-    for _ in range(8):
-        for link in system.sender.links:
-            link.close()
-        await asyncio.sleep(0.4)
+    """Break them in use, until enough did; each is made anew for the next hand-off."""
+    metrics = system.decode[1].metrics
+    async with asyncio.timeout(_HOLD_SECONDS):
+        while metrics.count("antiphon_handoff_links_broken_total") < _NUM_BREAKS:
+            for link in system.senders[0].links:
+                link.close()
+            await asyncio.sleep(0.2)
+
+
+async def _ask_for_hand_offs(system: MonitoredSystem) -> None:
+    """Want one after the other at the second decode worker, wherever routers send theirs."""
+    asking = await Client.connect(system.decode[1])
+    rng = random.Random(1)
+    while True:
+        prompt = rng.choices(range(3, VOCAB_SIZE), k=_PROMPT_TOKENS)
+        await asking.finish(asking.submit(prompt, 2, peer_of(system.prefill[0])))
+        await asyncio.sleep(0.05)
 
 
 def _fail_a_step(system: MonitoredSystem) -> None:

@@ -1,9 +1,9 @@
 """Two ingresses and five workers in this process, with HTTP and gloo between them, and load.
 
 The test plays Serve: it says which workers there are, and asks all ingresses where they are. The
-first ingress has targets that are easily kept, the second some that cannot be. The first prefill
-worker sends through a transport that the test controls, and the second decode worker receives
-through one; sessions of the first ingress with decode workers pass proxies.
+first ingress has targets that are easily kept, the second some that cannot be. Prefill workers send
+through transports that the test controls, and the second decode worker receives through one;
+sessions of the first ingress with decode workers pass proxies.
 """
 
 import asyncio
@@ -42,8 +42,9 @@ ROLES = {Role.PREFILL, Role.DECODE, Role.COLOCATED}
 MAX_CHOICES = 16  # at once, of an ingress
 _CHUNK_TOKENS = 16
 _PROMPT_TOKENS, _SHARED_TOKENS, _MAX_TOKENS = 70, 32, 80
-_HANDOFF = HandoffConfig(piece_bytes=0, stall_seconds=0.3, timeout_seconds=3)
-_REQUEST_SECONDS = 30.0
+# A stall is longer than slow sends for all clients of an ingress, one after the other.
+_HANDOFF = HandoffConfig(piece_bytes=0, stall_seconds=1.5, timeout_seconds=3)
+_REQUEST_SECONDS = 15.0  # or a few clients would wait for the colocated worker alone
 
 
 class Ingress:
@@ -114,7 +115,9 @@ class MonitoredSystem:
         self._model = tiny_model("llama")
         self._hooks = on_send, on_received
         self.ingresses = [Ingress(1, 30.0, self._ask_all), Ingress(2, 1e-5, self._ask_all)]
-        self.sender = FaultyTransport(GlooTransport("127.0.0.1"), on_send=on_send)
+        self.senders = [
+            FaultyTransport(GlooTransport("127.0.0.1"), on_send=on_send) for _ in range(2)
+        ]
         self._receiver = FaultyTransport(GlooTransport("127.0.0.1"), on_received=on_received)
         self.others: list[Worker] = []  # started later; closed with the rest
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,7 +127,7 @@ class MonitoredSystem:
         chunks = EngineConfig(max_batch_tokens=_CHUNK_TOKENS)
         self.prefill = [
             await self.start_worker(Role.PREFILL, engine=chunks, transport=transport)
-            for transport in (self.sender, None)
+            for transport in self.senders
         ]
         self.decode = [
             await self.start_worker(Role.DECODE, transport=transport)
@@ -163,13 +166,14 @@ class MonitoredSystem:
     def load(self, session: aiohttp.ClientSession) -> None:
         """Send requests until ``close``: a few clients at each ingress, one after the other."""
         for number, ingress in enumerate(4 * self.ingresses):
-            self.spawn(_client(session, ingress.url, random.Random(number)))
+            self.spawn(client(session, ingress.url, number))
 
-    def spawn(self, work: Any) -> None:
+    def spawn(self, work: Any) -> asyncio.Task[None]:
         """Run something until ``close``."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def close(self) -> None:
         """End everything."""
@@ -186,8 +190,9 @@ class MonitoredSystem:
         await until(lambda: not handoff_threads())
 
 
-async def _client(session: aiohttp.ClientSession, url: str, rng: random.Random) -> None:
+async def client(session: aiohttp.ClientSession, url: str, seed: int) -> None:
     """One request after the other; until it is cancelled."""
+    rng = random.Random(seed)
     shared = [10] * _SHARED_TOKENS
     while True:
         prompt = shared + rng.choices(range(3, VOCAB_SIZE), k=_PROMPT_TOKENS - _SHARED_TOKENS)
