@@ -198,6 +198,5 @@ def _pool_deployment(role: str, pool: PoolConfig) -> serve.Deployment:
         graceful_shutdown_timeout_s=pool.drain_seconds + _STOP_MARGIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.1,
         max_surge_percent=pool.max_surge_percent,
-        max_constructor_retry_count=1,  # what fails is the model or its settings: say so at once
     )
     return make_pool(WorkerReplica)

@@ -125,6 +125,9 @@ def local_cpus(config: AntiphonConfig) -> int:
 def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Of a Ray of its own: an update goes on though some new workers die, instead of leaving a pool
+    # short for good.
+    os.environ.setdefault("RAY_SERVE_STOP_FAILED_ROLLING_UPDATES", "0")
     import ray
     from ray import serve
 

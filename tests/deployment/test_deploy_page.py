@@ -109,6 +109,7 @@ def test_nodes_start_with_options_that_ray_has(kind: str, tmp_path: Path) -> Non
     (options,) = [call[2:] for call in calls if call[1] == "start"]
     parsed = ray_command.commands["start"].make_context("ray", list(options)).params
     if kind == "head":
+        assert "RAY_SERVE_STOP_FAILED_ROLLING_UPDATES=0" in script, "an update would stop for good"
         assert (parsed["head"], parsed["num_cpus"], parsed["num_gpus"]) == (True, 0, 0)
     else:
         assert parsed["address"] == "10.0.0.10:6379"

@@ -9,6 +9,7 @@ import os
 import signal
 import urllib.error
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,27 @@ def change_under_load(
     return before, members(product)
 
 
+def decode_processes(product: Product) -> set[int]:
+    """Those that Ray has made replicas of the pool, though they may still load."""
+    name = "ServeReplica:antiphon:decode"
+    return {pid for pid, command in product.processes().items() if name in command}
+
+
 def test_other_arguments_replace_everybody_and_no_request_is_lost(
     product: Product, undisturbed: list[str]
 ) -> None:
-    before, after = change_under_load(product, undisturbed, signal.SIGUSR1, num_decode=2)
+    """Though the first of the new decode workers dies while it loads."""
+    old = decode_processes(product)
+    assert len(old) == 2
+
+    def kill_a_new_one() -> None:
+        wait_for(lambda: bool(decode_processes(product) - old), 60)
+        os.kill(min(decode_processes(product) - old), signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill_a_new_one)
+        before, after = change_under_load(product, undisturbed, signal.SIGUSR1, num_decode=2)
+        killing.result(0)
     assert not any(after[pool] & before[pool] for pool in before)
 
 

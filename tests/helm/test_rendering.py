@@ -125,6 +125,14 @@ def test_the_head_runs_no_worker(rendered: str) -> None:
     assert (node["num_cpus"], node["num_gpus"], node["resources"]) == (0, 0, {})
 
 
+def test_a_failed_update_is_not_the_end_of_a_pool(rendered: str) -> None:
+    """Serve's controller, on the head, would stop it for good after a few dead workers."""
+    head = only(rendered, "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]
+    (container,) = head["template"]["spec"]["containers"]
+    stops = {"name": "RAY_SERVE_STOP_FAILED_ROLLING_UPDATES", "value": "0"}
+    assert stops in container["env"]
+
+
 def test_a_changed_number_of_pods_changes_the_template_unless_pods_follow(helm: Helm) -> None:
     """KubeRay compares clusters without their numbers of pods."""
 

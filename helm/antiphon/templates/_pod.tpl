@@ -168,6 +168,9 @@ capabilities:
   value: PASSIVE
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
+{{- /* An update goes on though some new workers die; Ray would stop it, and leave the pool short for good. */}}
+- name: RAY_SERVE_STOP_FAILED_ROLLING_UPDATES
+  value: "0"
 {{- /* Where packets vanish, a proxy's request to an ingress elsewhere ends after 10 s, not minutes. */}}
 {{- range $name := list "grpc_client_keepalive_time_ms" "grpc_client_keepalive_timeout_ms" "grpc_keepalive_time_ms" "grpc_keepalive_timeout_ms" }}
 - name: RAY_{{ $name }}
