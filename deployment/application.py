@@ -65,6 +65,7 @@ class WorkerReplica:
             model=parsed.model,
             engine=parsed.pools[role].engine,
             handoff=parsed.handoff,
+            num_gpus=parsed.pools[role].num_gpus,
             target_itl_seconds=parsed.router.target_itl_seconds,
             silence_seconds=parsed.router.silence_seconds,
             vllm_names=parsed.metrics.vllm_names,

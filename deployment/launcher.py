@@ -9,13 +9,10 @@ only the application is removed. SIGTERM ends it like Ctrl-C:
 """
 
 import contextlib
-import http.client
 import json
 import logging
-import math
 import os
 import signal
-import socket
 import threading
 import time
 import urllib.error
@@ -28,13 +25,21 @@ from typing import Any
 import typer
 
 from antiphon.config import AntiphonConfig
+from antiphon.deployment.endpoint import base_url, listen_error, serve_listen_error
+from antiphon.deployment.local_machine import (
+    OBJECT_STORE_BYTES,
+    check_room,
+    local_cpus,
+    usable_gpus,
+    with_gpus,
+    without_gpus,
+)
+from antiphon.deployment.start_progress import wait_until_running
 from antiphon.errors import ConfigError
 
 APP_NAME = "antiphon"
-OBJECT_STORE_BYTES = 128 * 2**20  # requests do not pass through it
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.2
-_SERVE_SECONDS = 2.0  # for its proxy to answer, where one listens
 _ANSWER_SECONDS = 5.0  # for an ingress to end what is open, once it is told to
 
 
@@ -43,8 +48,8 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
 
     Raises:
         ConfigError: The model cannot be found, the port is taken, there are no API keys where there
-            should be, no cluster is at the address or it serves such an application already, or
-            the workers cannot start.
+            should be, no cluster is at the address or it serves such an application already, this
+            machine lacks what the workers ask for, or they cannot start.
     """
     started_at = time.monotonic()
     _check_port(config, address)
@@ -54,6 +59,7 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
     with _ray(config, address):
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: (hurry if stop.is_set() else stop).set())
+        config = _placed(config, address)
         _deploy(config, address, stop)
         if not stop.is_set() and _wait_until_ready(config, stop):
             _print_ready(config, time.monotonic() - started_at)
@@ -64,38 +70,17 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
 
 def _check_port(config: AntiphonConfig, address: str | None) -> None:
     """A cluster's Serve keeps its port when an application ends, and takes the next one too."""
-    why_not = _listen_error if address is None else serve_listen_error
-    if (error := why_not(config.http.host, config.http.port)) is not None:
+    http = config.http
+    if http.port in config.metrics.ports:  # a worker would take it before Serve's proxy does
+        raise ConfigError(
+            f"http.port: {http.port} is one of the ports of metrics, {config.metrics.first_port} "
+            f"and {config.metrics.num_ports - 1} more; choose another with --port"
+        )
+    why_not = listen_error if address is None else serve_listen_error
+    if (error := why_not(http.host, http.port)) is not None:
         raise ConfigError(
             f"http: cannot listen on {error}; stop what listens there or choose another with --port"
         )
-
-
-def serve_listen_error(host: str, port: int) -> str | None:
-    """Why Serve cannot listen at an address of this machine; None if it can, or does already."""
-    error = _listen_error(host, port)
-    return None if error is None or _is_serve(host, port) else error
-
-
-def _is_serve(host: str, port: int) -> bool:
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-    try:
-        url = f"http://{reachable}:{port}/-/healthz"
-        with urllib.request.urlopen(url, timeout=_SERVE_SECONDS) as answer:
-            return bool(answer.status == 200)
-    except (OSError, http.client.HTTPException):
-        return False
-
-
-def _listen_error(host: str, port: int) -> str | None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return f"{host}:{port}: {error.strerror or error}"
-    return None
 
 
 def _check_api_keys(config: AntiphonConfig, address: str | None) -> None:
@@ -113,12 +98,6 @@ def _resolve_model(config: AntiphonConfig) -> None:
 
     folder = resolve_model(config.model.source, lambda text: typer.echo(f"  {text}"))
     typer.echo(f"  in {folder}")
-
-
-def local_cpus(config: AntiphonConfig) -> int:
-    """CPUs that a Ray of its own offers: this machine's, or more if the workers reserve more."""
-    needed = sum(pool.replicas * pool.num_cpus for pool in config.pools.values())
-    return max(os.cpu_count() or 1, math.ceil(needed))
 
 
 @contextmanager
@@ -153,6 +132,22 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
         else:
             serve.delete(APP_NAME)
         ray.shutdown()
+
+
+def _placed(config: AntiphonConfig, address: str | None) -> AntiphonConfig:
+    """Give GPUs and look for room on this machine; on a cluster both are for its users to say."""
+    import ray
+
+    def report(line: str) -> None:
+        typer.echo(f"  {line}")
+
+    offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    if address is None:
+        config = with_gpus(config, usable_gpus(offered, report), report)
+        check_room(config, offered)
+    elif without_gpus(config, num_gpus := int(offered.get("GPU", 0))):
+        report(f"no GPU is used: the cluster has {num_gpus}, and no pool has num_gpus")
+    return config
 
 
 def _join(address: str) -> None:
@@ -193,23 +188,12 @@ def _deploy(config: AntiphonConfig, address: str | None, stop: threading.Event) 
     application = app(AppArguments.model_validate(config.model_dump()))
     target = serve.RunTarget(application, name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
-    seen = ""
-    while not stop.wait(0.25):
-        status = serve.status().applications[APP_NAME]
-        now = "  ".join(f"{n}: {d.status.value.lower()}" for n, d in status.deployments.items())
-        if now != seen:
-            typer.echo(f"  {now}")
-            seen = now
-        if status.status.value == "RUNNING":
-            return
-        if status.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
-            messages = [d.message for d in status.deployments.values() if d.message]
-            raise ConfigError("the application did not start:\n" + "\n".join(messages))
+    wait_until_running(APP_NAME, stop)
 
 
 def _wait_until_ready(config: AntiphonConfig, stop: threading.Event) -> bool:
     """Wait until the ingress has found its workers; False if stopped first."""
-    url = f"http://{_reachable_host(config)}:{config.http.port}/ready"
+    url = f"{base_url(config.http.host, config.http.port)}/ready"
     deadline = time.monotonic() + _READY_SECONDS
     reason = "no answer"
     while time.monotonic() < deadline:
@@ -246,7 +230,7 @@ def _finish_open_requests(seconds: float, hurry: threading.Event) -> None:
 
 
 def _print_ready(config: AntiphonConfig, seconds: float) -> None:
-    base = f"http://{_reachable_host(config)}:{config.http.port}"
+    base = base_url(config.http.host, config.http.port)
     body = {
         "model": config.model.name,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -284,7 +268,3 @@ def _workers() -> list[dict[str, Any]]:
     ingress = serve.get_deployment_handle(INGRESS_NAME, APP_NAME)
     workers: list[dict[str, Any]] = ingress.list_workers.remote().result(timeout_s=_ANSWER_SECONDS)
     return workers
-
-
-def _reachable_host(config: AntiphonConfig) -> str:
-    return "127.0.0.1" if config.http.host == "0.0.0.0" else config.http.host

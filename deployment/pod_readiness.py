@@ -24,6 +24,7 @@ from pathlib import Path
 FOLDER_VARIABLE = "ANTIPHON_READINESS_FOLDER"
 _LOADING, _SERVING = "loading", "serving"
 _PROXY_SECONDS = 3.0  # the kubelet ends the probe after 5 s
+_WELL = b"success"
 
 
 class PodReadiness:
@@ -89,7 +90,9 @@ def _takes_requests(port: int) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PROXY_SECONDS)
     try:
         connection.request("GET", "/-/healthz")
-        return connection.getresponse().status == http.HTTPStatus.OK
+        answer = connection.getresponse()
+        # Ray's metrics, for one, answer 200 to any path: the words have to be those of Serve.
+        return answer.status == http.HTTPStatus.OK and answer.read(len(_WELL)) == _WELL
     except (OSError, http.client.HTTPException):
         return False
     finally:

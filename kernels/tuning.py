@@ -258,4 +258,6 @@ def tuning_for(target: str, role: Role) -> Tuning:
         if (tuning.target, tuning.role) == (target, role):
             return tuning
     known = ", ".join(sorted({tuning.target for tuning in TABLE}))
-    raise ConfigError(f"no kernels are tuned for {target}; the table has {known}")
+    raise ConfigError(
+        f"no kernels are tuned for {target}; the table has {known}; engine.device: cpu does without"
+    )

@@ -35,12 +35,12 @@ def load(settings: WorkerSettings) -> Loaded:
     started_at = time.monotonic()
     engine = settings.engine
     torch.set_num_threads(engine.num_threads)
-    device = torch.device(_device_name(engine))
+    device = torch.device(_device_name(engine, settings.num_gpus))
     kernels = select_kernels(device, settings.role.value)
     model = load_model(settings.model_folder, _dtype(settings.model, device), device, kernels)
     limit = _context_limit(settings.model, model)
     layout = cache_layout(model.layout, engine, settings.handoff)
-    num_blocks = num_kv_blocks(layout, engine, device, limit)
+    num_blocks = num_kv_blocks(layout, engine, device, limit, min(1.0, settings.num_gpus))
     # A request must always fit alone, or it could never finish.
     max_context_tokens = min(limit, num_blocks * engine.block_size)
     if max_context_tokens < limit:
@@ -92,11 +92,25 @@ def cache_layout(layout: KVLayout, engine: EngineConfig, handoff: HandoffConfig)
     )
 
 
-def _device_name(engine: EngineConfig) -> str:
-    has_gpu = torch.cuda.is_available()
-    if engine.device == "cuda" and not has_gpu:
-        raise ConfigError("engine.device: got 'cuda', but this worker sees no GPU; set num_gpus: 1")
-    return "cuda" if has_gpu and engine.device != "cpu" else "cpu"
+def _device_name(engine: EngineConfig, num_gpus: float) -> str:
+    """A worker computes on the GPU that is reserved for it, or on none.
+
+    Ray shows a process that reserves no GPU all of them: each such worker would take the first one.
+    """
+    if engine.device == "cpu":
+        return "cpu"
+    if not num_gpus and engine.device == "cuda":
+        raise ConfigError("engine.device: got 'cuda', but no GPU is reserved; set num_gpus: 1")
+    if not num_gpus:
+        if torch.cuda.is_available():
+            logger.warning("computes on the CPU: there are GPUs, but num_gpus reserves none")
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"num_gpus: {num_gpus:g} is reserved, but torch sees no GPU here; antiphon doctor says "
+            "why, and engine.device: cpu does without"
+        )
+    return "cuda"
 
 
 def _kv_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from antiphon.errors import ConfigError
 from antiphon.workers.kv_cache import KVLayout
 
 # On a CPU several workers and Ray share one memory, so a worker takes a modest part of what is
-# free; on a GPU it owns the device, and leaves room for activations.
+# free; on a GPU it owns the device, or its part of it, and leaves room for activations.
 _CPU_SHARE = 0.05
 _CPU_MAX_BYTES = 512 * 2**20
 _GPU_SHARE = 0.85
@@ -19,9 +19,16 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def num_kv_blocks(
-    layout: KVLayout, engine: EngineConfig, device: torch.device, max_context_tokens: int
+    layout: KVLayout,
+    engine: EngineConfig,
+    device: torch.device,
+    max_context_tokens: int,
+    gpu_share: float = 1.0,
 ) -> int:
     """Divide the memory for KV, set or derived, into blocks.
+
+    Args:
+        gpu_share: Of the GPU that is this worker's; others may take theirs at the same time.
 
     Raises:
         ConfigError: Not even a handful of tokens fit; names what is needed.
@@ -30,7 +37,7 @@ def num_kv_blocks(
     if engine.kv_cache_bytes is not None:
         total = int(engine.kv_cache_bytes)
     else:
-        total = _derived_bytes(device)
+        total = _derived_bytes(device, gpu_share)
     num_blocks = total // block_bytes
     if num_blocks < 2:
         raise ConfigError(
@@ -41,10 +48,10 @@ def num_kv_blocks(
     return num_blocks
 
 
-def _derived_bytes(device: torch.device) -> int:
+def _derived_bytes(device: torch.device, gpu_share: float) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _GPU_SHARE)
+        return int(free * _GPU_SHARE * gpu_share)
     return int(min(_available_bytes() * _CPU_SHARE, _CPU_MAX_BYTES))
 
 

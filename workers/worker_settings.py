@@ -22,6 +22,7 @@ class WorkerSettings:
     model: ModelConfig
     engine: EngineConfig
     handoff: HandoffConfig
+    num_gpus: float = 0.0  # that are reserved for it; below 1 it shares one with others
     target_itl_seconds: float | None = None  # of the router; prefill workers generate under one
     silence_seconds: float = SILENCE_SECONDS  # of the router
     vllm_names: bool = False

@@ -96,8 +96,11 @@ def _survey(config: AntiphonConfig, address: str | None, seconds: float) -> Clus
 
     if address is None:
         from antiphon.deployment.doctor.local_agents import LocalAgents, this_machine
+        from antiphon.deployment.local_machine import with_gpus
 
-        with closing(LocalAgents([this_machine(config)])) as local:
+        machine = this_machine(config)
+        config = with_gpus(config, int(machine.resources["GPU"]), report)
+        with closing(LocalAgents([machine])) as local:
             return Survey(local, config, seconds, report).run()
     from antiphon.deployment.doctor.ray_agents import agents_of
 

@@ -9,7 +9,7 @@ from antiphon.config import AntiphonConfig
 from antiphon.deployment.doctor.agent import Agent
 from antiphon.deployment.doctor.facts import Node
 from antiphon.deployment.doctor.survey import Arguments, Failure
-from antiphon.deployment.launcher import OBJECT_STORE_BYTES, local_cpus
+from antiphon.deployment.local_machine import OBJECT_STORE_BYTES, local_cpus
 
 
 def this_machine(config: AntiphonConfig) -> Node:

@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from antiphon.deployment.doctor.facts import GpuFacts, ModelFacts, NodeFacts
-from antiphon.deployment.launcher import serve_listen_error
+from antiphon.deployment.endpoint import serve_listen_error
 from antiphon.errors import ConfigError
 from antiphon.workers.model_source import fingerprint, resolve_model
 

@@ -34,9 +34,20 @@ def check_devices(facts: ClusterFacts) -> Iterator[Finding]:
                 "as many GPUs as Ray offers", "start Ray there with the right --num-gpus",
             )  # fmt: skip
     for role, pool in facts.config.pools.items():
+        if pool.engine.device == "cuda" and not pool.num_gpus:
+            yield Finding(
+                "cluster", f"{role}.engine.device is cuda, {role}.num_gpus is 0",
+                "a GPU that is reserved for each worker", f"set {role}.num_gpus: 1",
+            )  # fmt: skip
         for name, node in _able(facts, role):
             if pool.num_gpus:
                 yield from _unsupported(name, role, pool, node)
+            elif offered[name] and not wants_gpus and pool.engine.device == "auto":
+                yield Finding(
+                    name, "Ray offers GPUs that no pool reserves: all workers compute on CPUs",
+                    "<pool>.num_gpus, or <pool>.engine.device: cpu where that is meant",
+                    "set num_gpus: 1 for the pools that are to have GPUs", Severity.WARNING,
+                )  # fmt: skip
 
 
 def _able(facts: ClusterFacts, role: str) -> Iterator[tuple[str, NodeFacts]]:
@@ -184,6 +195,13 @@ def check_http(facts: ClusterFacts) -> Iterator[Finding]:
                 name, node.http_error, "a port that is free, or Serve's own",
                 "stop what listens there, or choose another port",
             )  # fmt: skip
+    http, metrics = facts.config.http, facts.config.metrics
+    if http.port in metrics.ports:
+        yield Finding(
+            "cluster", f"port {http.port} is one of those at which workers are scraped",
+            "a port that no worker takes before Serve's proxy does",
+            "choose another port, or another metrics.first_port",
+        )  # fmt: skip
 
 
 def gib(num_bytes: float) -> str:

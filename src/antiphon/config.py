@@ -70,7 +70,7 @@ class EngineConfig(_Section):
     )
     num_threads: Annotated[int, Field(ge=1)] = Field(1, description="CPU threads of a step.")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU if there is one."
+        "auto", description="auto: the GPU that num_gpus reserves, without one the CPU."
     )
     prefix_cache: bool = Field(True, description="Keep finished blocks for later prompts.")
     cuda_graphs: bool = Field(

@@ -1,90 +1,35 @@
 """What the command checks before it serves, and how it ends: the whole way is in ``tests/e2e``."""
 
-import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+import torch
 
 from antiphon.config_loading import parse_config
-from antiphon.deployment import launcher
 from antiphon.deployment.launcher import (
     APP_NAME,
     _check_name,
     _check_port,
     _finish_open_requests,
-    serve_listen_error,
+    _placed,
 )
 from antiphon.errors import ConfigError
 
 with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.
     warnings.simplefilter("ignore", DeprecationWarning)
+    import ray
     from ray import serve
     from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeStatus
 
 
-@contextmanager
-def http_listener(healthz_status: int) -> Iterator[int]:
-    """Yield the port of a listener that answers one request, as a proxy of Serve does if 200."""
-
-    class Proxy(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(healthz_status if self.path == "/-/healthz" else 404)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Proxy) as proxy:
-        threading.Thread(target=proxy.handle_request, daemon=True).start()
-        yield proxy.server_port
-
-
-@contextmanager
-def silent_listener() -> Iterator[int]:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        yield taken.getsockname()[1]
-
-
-@contextmanager
-def listener_of_another_protocol() -> Iterator[int]:
-    def greet() -> None:
-        connection, _ = taken.accept()
-        with connection:
-            connection.recv(4096)
-            connection.sendall(b"220 mail\r\n")
-
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        threading.Thread(target=greet, daemon=True).start()
-        yield taken.getsockname()[1]
-
-
-def test_a_port_is_taken_unless_it_is_that_of_the_clusters_serve() -> None:
-    with http_listener(200) as port:
-        config = parse_config({"http": {"port": port}})
-        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}: Address alr"):
-            _check_port(config, address=None)
-        _check_port(config, address="auto")
-
-
-@pytest.mark.parametrize(
-    "listener", [silent_listener, listener_of_another_protocol, lambda: http_listener(404)]
-)
-def test_what_else_has_the_port_is_no_serve(
-    listener: Callable[[], AbstractContextManager[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launcher, "_SERVE_SECONDS", 0.1)
-    with listener() as port:
-        in_use = f"127.0.0.1:{port}: Address already in use"
-        assert serve_listen_error("127.0.0.1", port) == in_use
-        with pytest.raises(ConfigError, match=in_use):
-            _check_port(parse_config({"http": {"port": port}}), address="auto")
-    assert serve_listen_error("127.0.0.1", port) is None
+def test_the_port_may_not_be_one_that_workers_are_scraped_at() -> None:
+    for first_port in (7950, 8000):
+        metrics = {"first_port": first_port, "num_ports": 51}
+        with pytest.raises(ConfigError, match=f"8000 is one of .* {first_port} and 50 more"):
+            _check_port(parse_config({"metrics": metrics}), address="auto")
 
 
 def test_a_cluster_serves_one_application_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +41,23 @@ def test_a_cluster_serves_one_application_of_the_name(monkeypatch: pytest.Monkey
     monkeypatch.setattr(serve, "status", lambda: ServeStatus(applications={APP_NAME: overview}))
     with pytest.raises(ConfigError, match="at auto serves an application 'antiphon' already"):
         _check_name("auto")
+
+
+def test_gpus_of_this_machine_are_given_and_those_of_a_cluster_only_mentioned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 2.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    placed = _placed(parse_config({}), None)
+    assert {role: pool.num_gpus for role, pool in placed.pools.items()} == {
+        "prefill": 1, "decode": 1,
+    }  # fmt: skip
+    capsys.readouterr()
+    assert _placed(parse_config({}), "auto") == parse_config({})
+    assert "the cluster has 2, and no pool has num_gpus" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no place for 1 of 3"):
+        _placed(parse_config({"decode": {"replicas": 3, "num_gpus": 1}}), None)
 
 
 class Ingress:

@@ -26,9 +26,10 @@ for line in sys.stdin:
 
 
 class Proxy(ThreadingHTTPServer):
-    """Answers what Serve's proxy would; ``status`` may be changed."""
+    """Answers what Serve's proxy would; ``status`` and ``words`` may be changed."""
 
     status = 200
+    words = b"success"
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -39,6 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
         assert isinstance(self.server, Proxy)
         self.send_response(self.server.status if self.path == "/-/healthz" else 404)
         self.end_headers()
+        self.wfile.write(self.server.words)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -124,6 +126,8 @@ def test_the_proxy_has_to_take_requests(proxy: Proxy, tmp_path: Path) -> None:
         assert why_not_ready(tmp_path, port) is None
         proxy.status = 503
         assert why_not_ready(tmp_path, port) == PROXY
+        proxy.status, proxy.words = 200, b"# HELP ray_tasks Current number of tasks"
+        assert why_not_ready(tmp_path, port) == PROXY, "Ray's metrics answer to any path"
         assert why_not_ready(tmp_path, free_port()) == PROXY
     finally:
         worker.leaving()

@@ -30,6 +30,7 @@ from antiphon.deployment.doctor.facts import (
 )
 
 A100 = GpuFacts("A100", "sm_80", 80 * GB, 79 * GB)
+ON_CPU: dict[str, Any] = {"num_gpus": 0, "engine": {"device": "cpu"}}
 SMALL = GpuFacts("A100", "sm_80", 16 * GB, 16 * GB)
 
 
@@ -83,6 +84,10 @@ PROBLEMS: dict[str, tuple[ClusterFacts, str, str, str]] = {
     "/dev/shm of NCCL": (nccl(shared_memory_bytes=GB), "shared memory", "d1", "/dev/shm of 0.93"),
     "files": (with_node("head", max_open_files=1024), "open files", "head", "a limit of 1024"),
     "port": (with_node("head", http_error="0.0.0.0:8000: in use"), "http port", "head", "in use"),
+    "port of metrics": (cluster(config=config(metrics={"first_port": 7990})), "http port",
+        "cluster", "port 8000 is one of those at which workers are scraped"),
+    "cuda without a GPU": (cluster(config=config(decode={"num_gpus": 0, "engine": {
+        "device": "cuda"}})), "devices", "cluster", "decode.engine.device is cuda"),
     "cut off": (cluster(paths=(path("p", "d1", error="10.0.0.12:4711: timed out"),)), "ports",
         "p -> d1", "timed out"),
     "clock": (clocks(d1=-3.0), "clocks", "d1", "-3.000 s"),
@@ -103,8 +108,10 @@ WARNINGS: dict[str, tuple[ClusterFacts, str, str, str]] = {
     "slow link": (cluster(links=(link("p", "d1", bytes_per_second=1e8), link("p", "d2"))), "links",
         "p -> d1 (gloo)", "0.10 GB/s"),
     "clock": (clocks(d1=0.2), "clocks", "d1", "+0.200 s"),
+    "unused GPUs": (cluster(config=config(prefill={"num_gpus": 0}, decode={"num_gpus": 0})),
+        "devices", "p, d1, d2", "GPUs that no pool reserves"),
     "driver without use": (
-        cluster(config=config(prefill={"num_gpus": 0}, decode={"num_gpus": 0}),
+        cluster(config=config(prefill=ON_CPU, decode=ON_CPU),
                 nodes={**cluster().nodes, "head": replace(HEAD, gpu_error="too old")}),
         "devices", "head", "too old"),
 }  # fmt: skip
@@ -171,9 +178,10 @@ def test_the_same_in_several_places_is_said_once() -> None:
 
 
 def test_workers_on_a_cpu_need_memory_of_the_host() -> None:
+    engine = {"device": "cpu", "kv_cache_bytes": "20GB"}
     on_cpu = config(
-        prefill={"num_gpus": 0, "replicas": 1}, decode={"num_gpus": 0, "replicas": 1, "engine": {
-            "kv_cache_bytes": "20GB"}})  # fmt: skip
+        prefill={**ON_CPU, "replicas": 1}, decode={**ON_CPU, "replicas": 1, "engine": engine}
+    )
     nodes = {
         **cluster().nodes,
         "p": replace(GOOD_NODE, memory_bytes=30 * GB, free_bytes=30 * GB),  # weights alone are 32

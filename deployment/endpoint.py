@@ -1,0 +1,42 @@
+"""Where the endpoint listens: whether it can, and at which address this machine reaches it."""
+
+import http.client
+import socket
+import urllib.request
+
+_SERVE_SECONDS = 2.0  # for its proxy to answer, where one listens
+_SERVE_ANSWER = b"success"  # others answer 200 too: Ray's metrics do to any path
+_REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # of an address that stands for all
+
+
+def base_url(host: str, port: int) -> str:
+    """Of what listens on ``host``, for clients on this machine."""
+    reachable = _REACHABLE.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def listen_error(host: str, port: int) -> str | None:
+    """Why nobody can listen at an address of this machine; None if one can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return f"{host}:{port}: {error.strerror or error}"
+    return None
+
+
+def serve_listen_error(host: str, port: int) -> str | None:
+    """Why Serve cannot listen at an address of this machine; None if it can, or does already."""
+    error = listen_error(host, port)
+    return None if error is None or _is_serve(host, port) else error
+
+
+def _is_serve(host: str, port: int) -> bool:
+    try:
+        url = f"{base_url(host, port)}/-/healthz"
+        with urllib.request.urlopen(url, timeout=_SERVE_SECONDS) as answer:
+            return bool(answer.status == 200 and answer.read(len(_SERVE_ANSWER)) == _SERVE_ANSWER)
+    except (OSError, http.client.HTTPException):
+        return False

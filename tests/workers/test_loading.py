@@ -1,0 +1,51 @@
+"""Which device a worker computes on, and its part of a GPU's memory."""
+
+import pytest
+import torch
+
+from antiphon.config import EngineConfig
+from antiphon.errors import ConfigError
+from antiphon.workers.kv_cache import KVLayout, LayerLayout
+from antiphon.workers.loading import _device_name
+from antiphon.workers.memory_plan import num_kv_blocks
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "chosen"),
+    [("auto", 0.0, "cpu"), ("auto", 1.0, "cuda"), ("auto", 0.5, "cuda"), ("cuda", 1.0, "cuda"),
+     ("cpu", 1.0, "cpu"), ("cpu", 0.0, "cpu")],
+)  # fmt: skip
+def test_a_worker_takes_a_gpu_that_is_reserved_for_it_and_no_other(
+    device: str,
+    num_gpus: float,
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Ray lets a worker that reserves none see all of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _device_name(EngineConfig(device=device), num_gpus) == chosen  # type: ignore[arg-type]
+    is_left_out = device == "auto" and chosen == "cpu"
+    assert ("num_gpus reserves none" in caplog.text) == is_left_out
+
+
+def test_a_gpu_that_was_not_reserved_or_cannot_be_used_is_no_matter_of_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="no GPU is reserved; set num_gpus: 1"):
+        _device_name(EngineConfig(device="cuda"), 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="num_gpus: 1 is reserved, but torch sees no GPU"):
+        _device_name(EngineConfig(), 1.0)
+
+
+def test_workers_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = KVLayout((LayerLayout(2, 64, 64),), torch.bfloat16, torch.bfloat16)
+    block_bytes = 16 * layout.num_bytes_per_token
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1001 * block_bytes, 0))
+    blocks = [
+        num_kv_blocks(layout, EngineConfig(), torch.device("cuda"), 1024, share)
+        for share in (1.0, 0.5)
+    ]
+    assert blocks == [850, 425]
