@@ -13,6 +13,7 @@ from antiphon.deployment.doctor.command import doctor
 from antiphon.deployment.plan_command import plan
 from antiphon.deployment.trace_command import trace
 from antiphon.errors import ConfigError
+from antiphon.workers.model_source import with_name
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(config_app, name="config")
@@ -105,7 +106,7 @@ def merge_options(
         # Colocated workers replace the default pools; they join those that are named.
         pools = {role: replicas or 0 for role, replicas in pools.items()}
     if model is not None:
-        data = _with(data, "model", {"source": model})
+        data = _with(data, "model", {"source": with_name(model)})
     for role, replicas in pools.items():
         if replicas is not None:
             data = _with(data, role, {"replicas": replicas})

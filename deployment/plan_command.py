@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -16,7 +17,7 @@ from antiphon.deployment.gpus import GPUS, find_gpu
 from antiphon.deployment.plan_report import as_json, as_text
 from antiphon.errors import ConfigError
 from antiphon.workers.model_shape import ModelShape
-from antiphon.workers.model_source import config_folder
+from antiphon.workers.model_source import config_folder, with_name
 
 _UNITS = {"ms": 1e-3, "s": 1.0}
 _DEFAULTS = Assumptions()
@@ -83,6 +84,7 @@ def plan(
             step_overhead_seconds=seconds("--step-overhead", step_overhead),
             link_bytes_per_second=link_bytes_per_second,
         )
+        model = _source(model)
         chosen = find_gpu(gpu)
         shape = _read(model)
         formats = resolve(shape, Dtypes(dtype, kv_cache_dtype, wire_dtype))
@@ -95,6 +97,12 @@ def plan(
 
 def _print(answer: Plan, model: str, is_json: bool) -> str:
     return json.dumps(as_json(answer, model), indent=2) if is_json else as_text(answer, model)
+
+
+def _source(model: str) -> str:
+    """What serves is the folder of a config.json."""
+    path = Path(model).expanduser()
+    return str(path.parent.resolve()) if path.name == "config.json" else with_name(model)
 
 
 def _read(model: str) -> ModelShape:

@@ -39,6 +39,18 @@ def test_a_parsed_document_survives_json():
     assert parse_config(config.model_dump(mode="json")) == config
 
 
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("2Gi", 2 * 2**30), (" 0.5 ki ", 512), ("2GiB", 2 * 2**30), ("3g", 3 * 10**9),
+        ("1.5 MB", 1_500_000), ("7", 7), (7, 7),
+    ],
+)  # fmt: skip
+def test_sizes_have_the_units_of_people_and_of_kubernetes(text, num_bytes):
+    config = parse_config({"decode": {"engine": {"kv_cache_bytes": text}}})
+    assert config.decode.engine.kv_cache_bytes == num_bytes
+
+
 def test_configurations_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         AntiphonConfig().http.port = 1
@@ -69,6 +81,14 @@ def test_the_model_is_named_after_its_source(source, name):
             "'lots'",
             "unit",
         ),
+        (
+            {"handoff": {"piece_bytes": "2GiB or so"}},
+            "handoff.piece_bytes",
+            "'2GiB or so'",
+            "2Gi",
+        ),
+        ({"model": {"source": "a/.."}}, "model.source", "'a/..'", "match pattern"),
+        ({"model": {"source": ""}}, "model.source", "''", "match pattern"),
         (
             {"decode": {"engine": {"kv_cache_bytes": 0}}},
             "decode.engine.kv_cache_bytes",
@@ -153,6 +173,15 @@ def test_options_go_over_the_file(tmp_path: Path):
     assert (config.model.source, config.model.name) == ("org/b", "a")
     assert (config.decode.replicas, config.decode.num_gpus) == (3, 1)
     assert (config.http.host, config.http.port) == ("0.0.0.0", 9001)
+
+
+def test_a_folder_that_is_typed_without_its_name_has_one(tmp_path, monkeypatch):
+    (tmp_path / "mine/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    for typed, name in ((".", "mine"), ("./", "mine"), ("here/..", "mine"), ("here", "here")):
+        assert merge_options(None, typed, NO_POOLS, {}).model.name == name
+    with pytest.raises(ConfigError, match=r"model\.source: got ''"):
+        merge_options(None, "", NO_POOLS, {})
 
 
 def test_no_options_are_the_default():

@@ -105,6 +105,12 @@ def config_folder(source: str, progress: Callable[[str], None] = logger.info) ->
     return resolve_model(source, progress)
 
 
+def with_name(source: str) -> str:
+    """Return a source as it was typed, but for one such as ``.``: the path that has its name."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source and path.name in ("", "..") else source
+
+
 def fingerprint(folder: Path) -> str:
     """Return 16 hex digits that identify a model's weights, wherever its folder lies.
 

@@ -1,7 +1,6 @@
 """The configuration of a deployment: every key with its type, bounds, default and description.
 
-One document serves the command line, ``serve run`` and the chart; it is parsed and checked once at
-the border, by ``antiphon.config_loading``.
+One document serves the command line, ``serve run`` and the chart; ``config_loading`` parses it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
+from antiphon.byte_sizes import Bytes, PositiveBytes
 from antiphon.listening import ANY_PORT
 from antiphon.messages import MAX_PREFILL_CANDIDATES
 
@@ -24,7 +24,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which weights to serve, and under what name."""
 
-    source: str = Field(
+    source: Annotated[str, Field(pattern="[^/.][^/]*/*$")] = Field(  # ends in a name, not in ".."
         DEFAULT_MODEL,
         description="A folder with safetensors, a GGUF file, a hub name or a built-in model.",
     )
@@ -49,7 +49,7 @@ class EngineConfig(_Section):
     """One worker's engine."""
 
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Tokens per KV block.")
-    kv_cache_bytes: Annotated[ByteSize, Field(gt=0)] | None = Field(
+    kv_cache_bytes: PositiveBytes | None = Field(
         None, description="Memory for KV, such as 2GiB; default: derived from what is free."
     )
     kv_cache_dtype: KVDtype = Field(
@@ -130,7 +130,7 @@ class HandoffConfig(_Section):
         description="Prompt tokens that may be queued on a decode worker when it computes a prompt "
         "that prefill failed; above that it says busy. It takes one if none is queued.",
     )
-    piece_bytes: Annotated[ByteSize, Field(ge=0)] = Field(
+    piece_bytes: Bytes = Field(
         ByteSize(2 << 20),
         description="Less KV than this is not sent before the prompt is done, so that a short "
         "prompt goes in one piece; more is sent while later tokens are computed.",

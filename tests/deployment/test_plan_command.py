@@ -74,8 +74,13 @@ def test_the_page_shows_the_arithmetic(model: Path) -> None:
     assert config.decode.engine.max_num_requests == 316
 
 
-def test_the_file_itself_can_be_named(model: Path) -> None:
-    assert plan(model / "config.json").exit_code == 0
+def test_what_is_named_becomes_a_source_that_can_be_served(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model)
+    for named in (model / "config.json", "config.json", "."):
+        document = json.loads(plan(named, "--json").stdout)["config"]
+        assert parse_config(document).model.source == str(model)
 
 
 def test_programs_get_numbers(model: Path) -> None:

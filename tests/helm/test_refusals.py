@@ -23,6 +23,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "value must be one of 'auto', 'float32'",
     ),
     ({"config": {"http": {"port": 70000}}}, "at '/config/http/port': maximum: got 70,000"),
+    ({"config": {"http": {"port": 8080}}}, "config.http.port: 8080 is the port of Ray's metrics"),
+    (
+        {"config": {"http": {"port": 8000}, "metrics": {"first_port": 8000}}},
+        "config.http.port: 8000 is among the ports of config.metrics, 8000 to 8099",
+    ),
+    (
+        {"config": {"decode": {"engine": {"kv_cache_bytes": "2 apples"}}}},
+        "at '/config/decode/engine/kv_cache_bytes': '2 apples' does not match",
+    ),
+    (
+        {"config": {"decode": {"engine": {"kv_cache_bytes": 0}}}},
+        "at '/config/decode/engine/kv_cache_bytes': minimum: got 0, want 1",
+    ),
+    ({"config": {"model": {"source": "."}}}, "at '/config/model/source': '.' does not match"),
     ({"config": {"prefill": {"num_gpus": -1}}}, "minimum: got -1, want 0"),
     ({"pools": {"decode": {"workersPerPod": 0}}}, "minimum: got 0, want 1"),
     ({"pools": {"decode": {"memory": "8 GB"}}}, "at '/pools/decode/memory': '8 GB' does not match"),

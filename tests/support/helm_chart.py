@@ -135,10 +135,11 @@ def _plain(part: Any) -> Any:
             plain[key] = {name: _plain(inner) for name, inner in value.items()}
         elif key not in ("default", "title", "gt"):
             plain[key] = _plain(value)
-    choices = [choice for choice in plain.get("anyOf", ()) if choice != {"type": "null"}]
+    choices = [choice for choice in plain.pop("anyOf", ()) if choice != {"type": "null"}]
     if len(choices) == 1:
-        del plain["anyOf"]
         plain |= choices[0]
+    elif choices:
+        plain["anyOf"] = choices
     return plain
 
 

@@ -44,6 +44,14 @@
 {{- if and (le 32768 (int $ports.last)) (ge 60999 (int $ports.first)) -}}
 {{- fail (printf "config.metrics.first_port: ports %v to %v are among those that Linux chooses, 32768 to 60999, so Prometheus would be let to KV links, which ask for no key" $ports.first $ports.last) -}}
 {{- end -}}
+{{- $port := include "antiphon.port" . | int -}}
+{{- $others := dict "6379" "Ray's head" "8080" "Ray's metrics" "8265" "Ray's dashboard" "52365" "Ray's agent" -}}
+{{- with get $others (toString $port) -}}
+{{- fail (printf "config.http.port: %d is the port of %s" $port .) -}}
+{{- end -}}
+{{- if and (le (int $ports.first) $port) (ge (int $ports.last) $port) -}}
+{{- fail (printf "config.http.port: %d is among the ports of config.metrics, %v to %v, where a worker could take it before Serve's proxy" $port $ports.first $ports.last) -}}
+{{- end -}}
 {{- $state := .Values.head.state -}}
 {{- if and (eq $state.store "redis") (not $state.redis.address) -}}
 {{- fail "head.state.store is redis, but head.state.redis.address is empty" -}}
