@@ -3,6 +3,8 @@
 import ast
 import asyncio
 import re
+import shutil
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +82,18 @@ def test_every_command_is_known(words):
 
 def test_the_two_commands_come_first():
     assert [words[:2] for words in commands(README)[:2]] == [["make", "serve"], ["make", "test"]]
+
+
+@pytest.mark.parametrize("there", [("python3",), ("python3", "python3.11")], ids=" ".join)
+def test_make_takes_the_python_that_is_there(there: tuple[str, ...], tmp_path: Path) -> None:
+    for name in there:
+        (tmp_path / name).touch(0o755)
+    answer = subprocess.run(
+        [shutil.which("make") or "make", "--dry-run", "VENV=new", "new/.installed"],
+        cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=30,
+        check=True,
+    )  # fmt: skip
+    assert answer.stdout.startswith(f"{tmp_path / there[-1]} -m venv new\n")
 
 
 @pytest.mark.parametrize("block", blocks(README, "python"))

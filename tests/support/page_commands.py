@@ -132,6 +132,7 @@ _CHECKS = {
     "kubectl": check_kubectl,
     "make": check_make,
     "pip": check_pip,
+    "python3": check_python,
     "python3.11": check_python,
     "ray": check_ray,
     "serve": check_serve,
