@@ -84,13 +84,21 @@ def read_slots(
 ) -> Tensor:
     """``[tokens, num_kv_heads, head_dim]`` of some slots of K or V."""
     elements = cache.view(-1, *cache.shape[2:])
+    by_slot = None if scales is None else _scales_of_slots(scales, slots)
     if isinstance(slots, slice):
         elements = elements[slots]
-    elif scales is not None:  # index_select knows no fp8; the bytes are the same
+    elif by_slot is not None:  # index_select knows no fp8; the bytes are the same
         elements = elements.view(torch.int8).index_select(0, slots).view(cache.dtype)
     else:
         elements = elements.index_select(0, slots)
-    if scales is None:
-        return elements.to(dtype)
-    by_slot = scales.transpose(1, 2).reshape(-1, cache.shape[2])
-    return dequantise(elements, by_slot[slots], dtype)
+    return elements.to(dtype) if by_slot is None else dequantise(elements, by_slot, dtype)
+
+
+def _scales_of_slots(scales: Tensor, slots: slice | Tensor) -> Tensor:
+    """``[tokens, num_kv_heads]``; copies no block's scales but those of the slots' own."""
+    num_heads, block_size = scales.shape[1:]
+    if isinstance(slots, Tensor):
+        return scales[slots // block_size, :, slots % block_size]
+    first, stop = slots.start // block_size, -(-slots.stop // block_size)
+    by_slot = scales[first:stop].transpose(1, 2).reshape(-1, num_heads)
+    return by_slot[slots.start - first * block_size : slots.stop - first * block_size]
