@@ -6,7 +6,8 @@ tokenizer_config.json, generation_config.json and the chat template add the spec
 Streaming keeps a window of tokens since the last point where the text was complete, with the piece
 before it as context (SentencePiece decoders strip a leading space). Text is emitted up to the first
 replacement character at its end, since that may be half a UTF-8 sequence; once the window's text is
-complete, the window moves on. What was emitted is never taken back.
+complete, the window moves on. What was emitted is never taken back. Special tokens stay out of the
+window: they have no text, so it would grow by each of a run of them, and be decoded again for each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ class Tokenizer:
         source = _template_source(folder, config)
         self._template = None if source is None else ChatTemplate(source, special_tokens)
         self._eos_token_ids = self._find_eos_token_ids(folder, special_tokens.get("eos_token"))
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_token_ids = frozenset(i for i, token in added.items() if token.special)
 
     @property
     def vocab_size(self) -> int:
@@ -50,6 +53,11 @@ class Tokenizer:
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer, ascending."""
         return self._eos_token_ids
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """The tokens that ``decode`` leaves out."""
+        return self._special_token_ids
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokenise ``text``; the names of special tokens in it become those tokens."""
@@ -104,7 +112,11 @@ class IncrementalDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Return the text that became certain with ``token_ids``."""
-        self._window += token_ids
+        special = self._tokenizer.special_token_ids
+        visible = [token_id for token_id in token_ids if token_id not in special]
+        if not visible:
+            return ""
+        self._window += visible
         text = self._tokenizer.decode(self._window)
         certain = text.rstrip(_INCOMPLETE)
         new = certain[self._num_emitted :]

@@ -239,6 +239,21 @@ def test_special_tokens_are_not_streamed(tokenizer):
     assert _stream(tokenizer, ids, [1]) == (["", "Hi", "", " there", ""], "")
 
 
+def test_a_run_of_special_tokens_is_not_decoded_again_with_each(tokenizer, monkeypatch):
+    """A model that goes on after its last token, because it must, repeats it a thousand times."""
+    decoded = []
+
+    def decode(token_ids):
+        decoded.append(len(token_ids))
+        return Tokenizer.decode(tokenizer, token_ids)
+
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    ids = [*tokenizer.encode("Hi"), *[2] * 2000, *tokenizer.encode(" there")]
+    pieces, rest = _stream(tokenizer, ids, [1])
+    assert "".join(pieces) + rest == "Hi there"
+    assert sum(decoded) < 20
+
+
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory):
     """A tokenizer in SentencePiece's manner: a leading space is stripped, bytes are tokens."""
