@@ -27,6 +27,7 @@ from antiphon.workers.session import Session
 
 logger = logging.getLogger(__name__)
 
+_GIVEN_UP = "given_up"  # by the decode worker, or handed over
 _HEAD_START_SECONDS = 0.05
 _TRANSFER_ID = re.compile("[0-9a-f]{32}")
 
@@ -41,7 +42,7 @@ class _Job:
     pushed_at: float | None = None  # first, by the engine thread
     computed: Computed | None = None  # by the engine thread
     num_cached_tokens: int = 0
-    is_answered: bool = False  # the decode worker knows how it ended
+    answer: str | None = None  # how it ended, once the decode worker knows
 
 
 class PrefillService:
@@ -101,7 +102,7 @@ class PrefillService:
     def abort(self, transfer_id: str, reason: str) -> None:
         """Stop computing and sending; blocks return when the sender lets go of them."""
         if job := self._jobs.get(transfer_id):
-            job.is_answered = True
+            job.answer = job.answer or _GIVEN_UP
             # In this order: the end of the transfer, which frees the blocks, must find them marked.
             self._engine.abort(transfer_id, keep_blocks=True)
             self._sender.abort(transfer_id, reason)
@@ -114,8 +115,8 @@ class PrefillService:
         transfer_ids = tuple(self._jobs)
         for transfer_id in transfer_ids:
             job = self._jobs[transfer_id]
-            if not job.is_answered:
-                job.is_answered = True
+            if job.answer is None:
+                job.answer = _GIVEN_UP
                 reason = "this worker is being stopped"
                 job.session.send(Refused(job.message.request_id, RefusalKind.MOVED, reason))
             self._loop.call_later(_HEAD_START_SECONDS, self.abort, transfer_id, "handed over")
@@ -144,8 +145,8 @@ class PrefillService:
         """
         job = self._jobs.get(transfer_id)
         if job is not None:
-            job.is_answered = True
             is_busy = isinstance(error, CapacityError)
+            job.answer = "refused" if is_busy else "failed"
             kind = RefusalKind.BUSY if is_busy else RefusalKind.FAILED
             job.session.send(Refused(job.message.request_id, kind, str(error)))
             level = logging.INFO if is_busy else logging.WARNING
@@ -175,7 +176,7 @@ class PrefillService:
             elapsed = time.monotonic() - job.submitted_at
             done = PrefillDone(request_id, job.num_cached_tokens, num_bytes, elapsed, seconds)
             job.session.send(done)
-        elif not job.is_answered:
+        elif job.answer is None:
             logger.warning("%s failed: %s", _named(job.message), error)
             kind = RefusalKind(_outcome(job, error))
             job.session.send(Refused(request_id, kind, str(error)))
@@ -201,7 +202,7 @@ def _named(message: Prefill) -> str:
 def _outcome(job: _Job, error: Exception | None) -> str:
     if error is None:
         return "complete"
-    if job.is_answered:
-        return "given_up"
+    if job.answer is not None:
+        return job.answer
     is_broken = isinstance(error, LinkBrokenError)
     return RefusalKind.LINK_BROKEN if is_broken else RefusalKind.FAILED

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from collector import Collector, Received, collecting
+from crew import watch
 from pools import start, until
 from tiny_models import tiny_model
 from two_pools import backend_over, close, http_client, pair
@@ -20,8 +21,10 @@ from antiphon.config import TracingConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal
+from antiphon.errors import WorkerBusyError
 from antiphon.messages import Role
 from antiphon.tracing import effective, start_tracing
+from antiphon.workers.batch import Batch
 from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.worker import Worker
 
@@ -192,6 +195,27 @@ def test_a_failed_prefill_attempt_is_in_the_trace(collector: Collector) -> None:
     assert decode.attributes["antiphon.prefill_path"] == "fallback"
     assert decode.status == collector.one("POST /v1/completions").status == "unset"
     assert collector.one("prefill worker").attributes["antiphon.outcome"] == "given_up"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(RuntimeError("a bug"), "failed"), (WorkerBusyError("filled since"), "refused")],
+)
+def test_what_a_prefill_worker_could_not_do_is_an_error_there(
+    collector: Collector, error: Exception, outcome: str
+) -> None:
+    async def scenario() -> None:
+        async with system(config_for(collector)) as running:
+            watch(running.prefill, fail)
+            assert (await running.ask()).status_code == 200
+
+    def fail(batch: Batch) -> None:
+        raise error
+
+    asyncio.run(scenario())
+    prefill = collector.one("prefill worker")
+    assert prefill.attributes["antiphon.outcome"] == outcome
+    assert prefill.status == "error"
 
 
 def test_a_replay_is_another_attempt_in_the_same_trace(collector: Collector) -> None:
