@@ -102,8 +102,11 @@ HANDOFF = [
     AlertCase(
         "AntiphonSegmentsDiscarded",
         20,
-        of_worker(_DISCARDED, "0+10x30", 'reason="unknown_transfer"'),
-        of_worker(_DISCARDED, "0+1x30", 'reason="unknown_transfer"'),
+        of_worker(_DISCARDED, "0+10x30", 'reason="unknown_transfer"')
+        | of_worker("antiphon_handoff_segments_total", "0+100x30"),
+        # Clients leave while KV is on its way: many, and few of those that stay.
+        of_worker(_DISCARDED, "0+10x30", 'reason="unknown_transfer"')
+        | of_worker("antiphon_handoff_segments_total", "0+1000x30"),
         {**D1, "reason": "unknown_transfer"},
     ),
 ]

@@ -8,7 +8,8 @@ scattered into blocks, under its lock, and ``cancel`` takes the same lock: that 
                 ├──rejected segment, ABORT, link broke, time-out──▶ on_complete(HandoffError)
                 └──cancel──▶ (no call)
 
-What arrives for a transfer that is not live is read off the link, discarded and counted.
+What arrives for a transfer that is not live is read off the link, discarded and counted; what
+answers a cancel is not counted.
 """
 
 import threading

@@ -247,7 +247,9 @@ class ReceiverLink:
         transfer = self._receiver.find(header.transfer_id.hex())
         reason = self._reason_to_discard(header, transfer)
         if transfer is None or reason is not None:
-            self._discard(header, reason or "unknown_transfer")
+            # A sender answers each cancel with an ABORT, which brings nothing and is no news.
+            if reason != "unknown_transfer" or header.kind is not Kind.ABORT:
+                self._discard(header, reason or "unknown_transfer")
             return
         try:
             if header.kind is Kind.DATA:

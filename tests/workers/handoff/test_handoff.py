@@ -91,6 +91,16 @@ def test_cancel_fences_and_late_segments_are_discarded(pair):
     assert not pair.receiver.cancel(next_id)
 
 
+def test_the_answer_to_a_cancel_is_not_counted_as_thrown_away(pair):
+    transfer_id = pair.begin(SOURCE, TARGET, 0, 20)
+    assert pair.receiver.cancel(transfer_id)
+    pair.sender.abort(transfer_id, "the client left")
+    assert pair.next_done()[0] == transfer_id
+    next_id = pair.transfer(SOURCE, TARGET, 0, 20)  # over the same link, so after it
+    assert pair.next_completed() == (next_id, 20, None)
+    assert pair.receiver.counters().discarded_segments == {}
+
+
 def test_cancel_waits_for_the_scatter_under_way(pair):
     pair.target.scatter_gate = threading.Event()
     transfer_id = pair.begin(SOURCE, TARGET, 0, 20)
