@@ -28,8 +28,18 @@ def graph_buckets(max_num_requests: int) -> tuple[int, ...]:
     return (*small, *range(16, max_num_requests, 16), max_num_requests)
 
 
-def capture_cuda_graph(step: Callable[[], Tensor]) -> Replay:
-    """Capture a step on the current device, after two runs that compile and warm up."""
+def cuda_graph_capture() -> Capture:
+    """Capture steps on the current device into one pool of memory.
+
+    They may share it because they run one at a time, and what a replay returns is used up before
+    the next one. A pool for each would hold activations and logits as often as there are graphs.
+    """
+    pool = torch.cuda.graph_pool_handle()
+    return lambda step: _capture(step, pool)
+
+
+def _capture(step: Callable[[], Tensor], pool: "torch.cuda._POOL_HANDLE") -> Replay:
+    """Capture a step after two runs that compile and warm up."""
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -37,7 +47,7 @@ def capture_cuda_graph(step: Callable[[], Tensor]) -> Replay:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         logits = step()
 
     def replay() -> Tensor:
@@ -54,7 +64,7 @@ class DecodeGraphs:
         step: Runs the model on a batch and returns its logits.
         make_batch: Builds the batch of a bucket from no requests at all: padding only.
         buckets: Batch sizes, rising.
-        capture: Makes a step replayable; ``capture_cuda_graph``.
+        capture: Makes a step replayable; of ``cuda_graph_capture``.
     """
 
     def __init__(
@@ -62,7 +72,7 @@ class DecodeGraphs:
         step: Callable[[ForwardBatch], Tensor],
         make_batch: Callable[[int], ForwardBatch],
         buckets: tuple[int, ...],
-        capture: Capture = capture_cuda_graph,
+        capture: Capture,
     ) -> None:
         self.num_replays = 0
         self._captured: dict[int, tuple[ForwardBatch, Replay]] = {}

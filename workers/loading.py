@@ -10,7 +10,7 @@ from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
 from antiphon.errors import ConfigError
 from antiphon.kernels.selection import select_kernels
 from antiphon.messages import Role
-from antiphon.workers.decode_graphs import capture_cuda_graph, graph_buckets
+from antiphon.workers.decode_graphs import cuda_graph_capture, graph_buckets
 from antiphon.workers.kv_cache import KVCache, KVLayout
 from antiphon.workers.memory_plan import num_kv_blocks
 from antiphon.workers.model_runner import ModelRunner
@@ -72,7 +72,13 @@ def _capture_graphs(runner: ModelRunner, engine: EngineConfig) -> None:
     started_at = time.monotonic()
     buckets = graph_buckets(engine.max_num_requests)
     try:
-        runner.capture_graphs(buckets, capture_cuda_graph)
+        runner.capture_graphs(buckets, cuda_graph_capture())
+    except torch.OutOfMemoryError as error:
+        logger.warning(
+            "the GPU has too little memory left to capture decode steps as CUDA graphs, and they "
+            "run eagerly (antiphon_graph_steps_total stays 0): lower engine.kv_cache_bytes or "
+            "engine.max_num_requests: %s", error,
+        )  # fmt: skip
     except RuntimeError as error:
         logger.warning(
             "decode steps of this model cannot be captured as CUDA graphs and run eagerly "

@@ -14,7 +14,7 @@ import torch
 from antiphon.errors import StepAbandonedError
 from antiphon.messages import SamplingParams
 from antiphon.workers.batch import Batch
-from antiphon.workers.decode_graphs import capture_cuda_graph
+from antiphon.workers.decode_graphs import DecodeGraphs, cuda_graph_capture
 from antiphon.workers.engine import Engine
 from antiphon.workers.model_runner import ModelRunner
 from antiphon.workers.request import PrefillPath, Request
@@ -87,6 +87,7 @@ class NotingCuda:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.pools: list[object] = []
         self._entered = ["engine"]
 
     def Stream(self) -> Any:
@@ -105,7 +106,11 @@ class NotingCuda:
     def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
         return self._enter(stream.name)
 
-    def graph(self, graph: Any) -> contextlib.AbstractContextManager[None]:
+    def graph_pool_handle(self) -> object:
+        return object()
+
+    def graph(self, graph: Any, pool: object = None) -> contextlib.AbstractContextManager[None]:
+        self.pools.append(pool or object())  # torch makes one for each that is given none
         return self._enter("capture")
 
     @contextlib.contextmanager
@@ -128,9 +133,18 @@ def test_what_is_waited_for_is_the_stream_of_steps_and_of_replayed_graphs(
 ) -> None:
     cuda = NotingCuda()
     monkeypatch.setattr(torch, "cuda", cuda)
-    replay = capture_cuda_graph(lambda: torch.zeros(1))
+    replay = cuda_graph_capture()(lambda: torch.zeros(1))
     replay()
     _runner("cuda:1").settle()
     assert cuda.lines == ["engine replays", "host waits for engine of cuda:1"]
     _runner("cpu").settle()
     assert len(cuda.lines) == 2
+
+
+def test_captured_steps_share_one_pool_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = NotingCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    batch: Any = None
+    DecodeGraphs(lambda _: torch.zeros(1), lambda _: batch, (1, 2, 4), cuda_graph_capture())
+    assert len(cuda.pools) == 3
+    assert len(set(cuda.pools)) == 1

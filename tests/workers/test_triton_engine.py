@@ -12,7 +12,7 @@ from torch import Tensor
 from antiphon.kernels.selection import select_kernels
 from antiphon.kernels.triton_kernels import TritonKernels
 from antiphon.kernels.tuning import tuning_for
-from antiphon.workers.decode_graphs import capture_cuda_graph, graph_buckets
+from antiphon.workers.decode_graphs import cuda_graph_capture, graph_buckets
 from antiphon.workers.paged_model import PagedModel
 
 pytestmark = pytest.mark.interpreter
@@ -45,7 +45,7 @@ def test_matches_generate(family: str, graphs: bool, device: torch.device) -> No
     paged = PagedModel(model, kernels_for(device))
     with EngineHarness(paged, EngineShape(scatter=True)) as harness:
         if graphs:
-            capture = capture_cuda_graph if device.type == "cuda" else rerun
+            capture = cuda_graph_capture() if device.type == "cuda" else rerun
             harness.runner.capture_graphs((1, 4), capture)
         assert harness.generate(PROMPTS, MAX_TOKENS) == expected
         if graphs:
