@@ -69,7 +69,7 @@ class ModelRunner:
         return 0 if self.graphs is None else self.graphs.num_replays
 
     def run(self, batch: Batch, is_abandoned: Callable[[], bool] = lambda: False) -> list[int]:
-        """Compute a batch.
+        """Compute a batch; returns when the device has done so.
 
         Returns:
             One sampled token for each chunk with ``samples``, in the batch's order.
@@ -82,17 +82,20 @@ class ModelRunner:
         sampling = [c for c in chunks if c.samples and c.request.sampling is not None]
         logits = self._logits(chunks, is_abandoned)
         drawn = _sample(logits, sampling) if sampling else []
+        if not sampling:  # nothing was read, so all of it may still be queued
+            self.settle()
         tokens = {c.request.request_id: t for c, t in zip(sampling, drawn, strict=True)}
         return [tokens[c.request.request_id] for c in batch.chunks if c.samples]
 
     def settle(self) -> None:
         """Wait for all that steps have queued on the device; on the thread that calls ``run``.
 
-        ``run`` waits for samples alone, so after a step without any, or one that was abandoned or
-        has failed, kernels may still be to come that write KV. Whoever lets another stream write to
-        blocks that were freed calls this first. Graphs are replayed on the same stream. On a CPU
-        nothing is queued. On a GPU little is lost: the next step's inputs are copied from pageable
-        memory, which waits for the stream as well.
+        A step that samples waits by reading what was drawn, one that does not by this, or its time
+        would be that of launching it. After a step that was abandoned or has failed, kernels may
+        still be to come that write KV: whoever lets another stream write to blocks that were freed
+        calls this first. Graphs are replayed on the same stream. On a CPU nothing is queued. On a
+        GPU little is lost: the next step's inputs are copied from pageable memory, which waits for
+        the stream as well.
         """
         device = self.model.device
         if device.type == "cuda":

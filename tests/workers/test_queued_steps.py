@@ -1,4 +1,4 @@
-"""What a GPU has not run yet when a step returns, told by stand-ins that queue it.
+"""What a GPU has not run yet when a step ends, told by stand-ins that queue it.
 
 The stand-in's blocks hold the id of the request that wrote to them last.
 """
@@ -13,7 +13,7 @@ import torch
 
 from antiphon.errors import StepAbandonedError
 from antiphon.messages import SamplingParams
-from antiphon.workers.batch import Batch
+from antiphon.workers.batch import Batch, Chunk
 from antiphon.workers.decode_graphs import DecodeGraphs, cuda_graph_capture
 from antiphon.workers.engine import Engine
 from antiphon.workers.model_runner import ModelRunner
@@ -24,9 +24,9 @@ NUM_BLOCKS, BLOCK_SIZE = 8, 4
 
 
 class QueueingRunner:
-    """Its steps never sample, so what they write is queued; ``settle`` lets it happen."""
+    """Its steps end early, so what they write is queued; ``settle`` lets it happen."""
 
-    def __init__(self, error: Exception | None) -> None:
+    def __init__(self, error: Exception) -> None:
         self.cache = SimpleNamespace(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
         self.num_graph_steps = 0
         self.blocks: dict[int, str] = {}
@@ -36,9 +36,7 @@ class QueueingRunner:
     def run(self, batch: Batch, is_abandoned: Callable[[], bool]) -> list[int]:
         for chunk in batch.chunks:
             self._queued.update(dict.fromkeys(chunk.request.block_table, chunk.request.request_id))
-        if self._error is not None:
-            raise self._error
-        return []
+        raise self._error
 
     def settle(self) -> None:
         self.blocks.update(self._queued)
@@ -60,10 +58,8 @@ class Listener:
         return lambda *report: None
 
 
-@pytest.mark.parametrize("error", [None, StepAbandonedError("all left"), RuntimeError("a bug")])
-def test_no_step_writes_to_blocks_after_they_were_given_to_a_hand_off(
-    error: Exception | None,
-) -> None:
+@pytest.mark.parametrize("error", [StepAbandonedError("all left"), RuntimeError("a bug")])
+def test_no_step_writes_to_blocks_after_they_were_given_to_a_hand_off(error: Exception) -> None:
     runner = QueueingRunner(error)
     listener = Listener(runner)
     engine = Engine(runner, SchedulerConfig(max_batch_tokens=8), listener)  # type: ignore[arg-type]
@@ -139,6 +135,17 @@ def test_what_is_waited_for_is_the_stream_of_steps_and_of_replayed_graphs(
     assert cuda.lines == ["engine replays", "host waits for engine of cuda:1"]
     _runner("cpu").settle()
     assert len(cuda.lines) == 2
+
+
+def test_a_step_without_samples_is_over_when_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or what is measured of it is the time to launch it."""
+    cuda = NotingCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    runner = _runner("cuda:1")
+    monkeypatch.setattr(runner, "_logits", lambda *step: cuda.lines.append("engine computes"))
+    prompt = Request("prompt", [1] * 9, None)
+    assert runner.run(Batch((Chunk(prompt, 0, 8, samples=False),))) == []
+    assert cuda.lines == ["engine computes", "host waits for engine of cuda:1"]
 
 
 def test_captured_steps_share_one_pool_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
