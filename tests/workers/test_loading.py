@@ -1,10 +1,14 @@
-"""Which device a worker computes on, and its part of a GPU's memory."""
+"""Which device a worker computes on, its part of a GPU's memory, and what is said of graphs."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from antiphon.config import EngineConfig
 from antiphon.errors import ConfigError
+from antiphon.workers import loading
 from antiphon.workers.kv_cache import KVLayout, LayerLayout
 from antiphon.workers.loading import _device_name
 from antiphon.workers.memory_plan import num_kv_blocks
@@ -49,3 +53,27 @@ def test_workers_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPat
         for share in (1.0, 0.5)
     ]
     assert blocks == [850, 425]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("tried to allocate 2 GiB"), "too little memory left"),
+        (RuntimeError("operation not permitted"), "steps of this model cannot be captured"),
+    ],
+)
+def test_a_gpu_that_is_full_is_not_taken_for_a_model_that_cannot_be_captured(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: RuntimeError,
+    words: str,
+) -> None:
+    def capture_graphs(buckets: Any, capture: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "cuda_graph_capture", lambda: None)
+    runner: Any = SimpleNamespace(capture_graphs=capture_graphs)
+    loading._capture_graphs(runner, EngineConfig())
+    (record,) = caplog.records
+    assert words in record.getMessage()
+    assert str(error) in record.getMessage()
