@@ -141,59 +141,6 @@ def test_unmeasured_rates_have_a_default(cluster, policy):
     assert 0 < choose(policy, view).predicted_ttft_seconds < 10
 
 
-@pytest.mark.parametrize("measured", [{}, {"num_running": 4}])
-def test_who_has_not_worked_yet_is_believed_to_be_like_its_peers(cluster, policy, measured):
-    """Both defaults are ten times slower than these peers: no newcomer would ever be tried."""
-    view = cluster.view(prefill=2, decode=2)
-    fast = {"prefill_tokens_per_second": 10_000.0, "decode_step_seconds": 0.005}
-    never = {"prefill_tokens_per_second": 0.0, "decode_step_seconds": 0.0}
-    for index, rates in enumerate((fast, never)):
-        set_load(cluster, view, f"p{index}", **rates)
-        set_load(cluster, view, f"d{index}", **rates, **(measured if rates is fast else {}))
-    decisions = [send(policy, view, [i, *LONG], now=1.0) for i in range(8)]
-    chosen = Counter(d.prefill.incarnation for d in decisions)
-    assert chosen == {"p0": 4, "p1": 4}
-    chosen = Counter(d.decode.incarnation for d in decisions)
-    assert chosen["d1"] == (6 if measured else 4)
-
-
-def test_who_was_slow_once_is_tried_again(cluster, policy):
-    view = cluster.view(prefill=2, decode=2)
-
-    def work(names: str, now: float, factor: float) -> None:
-        for name in names.split():
-            rates = (1000.0 / factor, 0.05 * factor)
-            set_load(
-                cluster,
-                view,
-                name,
-                now=now,
-                prefill_tokens_per_second=rates[0],
-                decode_step_seconds=rates[1],
-            )
-
-    def chosen(now: float) -> set[str]:
-        decisions = [choose(policy, view, now=now) for _ in range(4)]
-        return {w.incarnation for d in decisions for w in (d.prefill, d.decode) if w}
-
-    work("p0 d0", 1.0, 1.01)
-    work("p1 d1", 1.0, 10.0)  # as in a first step
-    assert chosen(2.0) == {"p0", "d0"}
-    work("p0 d0", 20.0, 1.02)
-    assert chosen(20.0) == {"p0", "p1", "d0", "d1"}
-    work("p1 d1", 20.5, 9.0)  # it really is slow
-    assert chosen(21.0) == {"p0", "d0"}
-    work("p1 d1", 31.0, 1.0)
-    assert chosen(31.0) == {"p0", "p1", "d0", "d1"}
-
-
-def test_who_is_busy_and_measures_nothing_is_not_believed_to_be_quick(cluster, policy):
-    view = cluster.view(prefill=2, decode=1)
-    set_load(cluster, view, "p1", prefill_tokens_per_second=100.0, num_running=1)
-    set_load(cluster, view, "p0", now=30.0, prefill_tokens_per_second=990.0)
-    assert choose(policy, view, now=30.0).prefill.incarnation == "p0"
-
-
 def test_prefix_affinity_yields_to_load(cluster, policy):
     view = cluster.view(prefill=2, decode=1)
     set_load(cluster, view, "p1", stored=LONG_HASHES[:40])
