@@ -5,7 +5,7 @@ O(P + D), not O(P x D). Among near-equal D the one with fewest streams wins, the
 caches most. Among near-equal P it is the other way round: to wait for a prefix that is being
 computed takes as long as to compute it again elsewhere, but is less work. Then they take turns.
 
-Where targets are set and the choice would strain them, any worker may take the request alone:
+Where targets are set and the choice would strain them, one worker may take the request alone:
 ``targets`` compares, ``target_cost_model`` predicts.
 
     choose ──▶ on_sent ──▶ on_first_token ──▶ on_finished      (on_finished in every case)
@@ -21,7 +21,7 @@ from antiphon.messages import MAX_PREFILL_CANDIDATES, Role, WorkerCard
 from antiphon.router.cost_model import CostParameters
 from antiphon.router.decision import Decision, Reason
 from antiphon.router.prompt import HashedPrompt
-from antiphon.router.rating import Option, RatedTuple, Rating, num_blocks
+from antiphon.router.rating import Option, RatedTuple, Rating, lacks_room, num_blocks
 from antiphon.router.sent_work import SentItem, SentWork
 from antiphon.router.targets import Targets
 from antiphon.router.telemetry_view import CachedBlocks, ClusterView, WorkerView
@@ -94,8 +94,9 @@ class Policy:
         num_needed = num_blocks(prompt, decode, decision.num_cached_tokens_decode)
         item = SentItem(decision.decided_at, 0 if prefill else num_missing, num_needed, True)
         self._sent.add(decode.incarnation, decision.decision_id, item)
-        view.expect(decode, prompt, prompt.num_tokens, decision.decided_at)
-        if prefill:
+        if not prefill:
+            view.expect(decode, prompt, prompt.num_tokens, decision.decided_at)
+        else:
             num_tokens = prompt.num_kv_tokens - decision.num_cached_tokens_prefill
             # The decode worker asks between two of its steps; without targets they are short.
             worker = view.get(decode.incarnation) if self._targets.are_set else None
@@ -143,7 +144,10 @@ class Policy:
         prefill: Option | None,
         exclude: frozenset[str],
     ) -> Option:
-        """Return another choice if ``chosen`` strains a target that the other one keeps better."""
+        """Return another choice if ``chosen`` strains a target that the other one keeps better.
+
+        Nobody leaves a worker with room for one without: how long that takes is a guess.
+        """
         steps = chosen.worker.believed
         predicted = self._rating.predict(chosen, prompt, steps)
         if self._targets.are_safe(predicted):
@@ -154,9 +158,12 @@ class Policy:
                 others.append(self._rating.decode(worker, prompt, cached, prefill))
                 if worker.card.role is Role.DECODE and prefill is not None:
                     others.append(self._rating.alone(worker, prompt, cached, Reason.DECODE_ALONE))
-        for worker in view.prefill_workers:
+        prefill_workers = view.prefill_workers if self._targets.let_prefill_generate else ()
+        for worker in prefill_workers:
             if worker.card.incarnation not in exclude and _holds(worker, chosen):
                 others.append(self._rating.alone(worker, prompt, cached, Reason.PREFILL_ALONE))
+        if not lacks_room(chosen):
+            others = [other for other in others if not lacks_room(other)]
         predictions = [self._rating.predict(other, prompt, steps) for other in others]
         index = self._targets.better(predicted, predictions)
         return chosen if index is None else Option._make(others[index])

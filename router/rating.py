@@ -4,9 +4,9 @@
     D alone       D is colocated; or there is no P; or D lacks few tokens
     any alone     whatever its role, where targets ask for it
 
-What a decode worker caches counts only as reported, because it asks for, or computes, whatever is
-not there when the prompt arrives. A worker that computes prompts does so in order, so there the
-blocks of prompts on their way count too.
+What a decode worker caches counts only as reported where a pair is rated, because it asks for
+whatever is not there when the prompt arrives. Prompts that a worker computes, it computes in order:
+there the blocks of those on their way to be computed count too.
 """
 
 from typing import NamedTuple
@@ -125,7 +125,7 @@ class Rating:
             prompt: Computed on the worker that decodes, unless the option is a pair.
             like: Whose steps to assume of a worker that has not decoded yet.
         """
-        _, _, num_cached, seconds, worker, reason = option
+        score, _, num_cached, _, worker, reason = option
         load = worker.believed
         if not load.decode_base_seconds:
             load = replace(
@@ -139,7 +139,7 @@ class Rating:
             num_tokens += prompt.num_tokens - 1 - num_cached
         num_streams = _num_generating(load, ledger) + 1
         itl = self._target_model.at_stake_seconds(worker.card, load, num_streams, num_tokens)
-        return Predicted(seconds, itl)
+        return Predicted(score, itl)  # with targets, a lack of room is the only charge in it
 
     def _reason_for_local(
         self, card: WorkerCard, num_missing_tokens: int, prefill: Option | None
@@ -190,3 +190,8 @@ def _num_cached_tokens(found: dict[str, int], card: WorkerCard, num_kv_tokens: i
 def num_blocks(prompt: HashedPrompt, card: WorkerCard, num_cached_tokens: int) -> int:
     """Blocks that the prompt and its first output token still need on a worker."""
     return -(-(prompt.num_tokens + 1 - num_cached_tokens) // card.block_size)
+
+
+def lacks_room(option: Option | RatedTuple) -> bool:
+    """Whether a worker has to free blocks for a prompt that was rated with targets."""
+    return option[0] > option[3]

@@ -35,6 +35,9 @@ class Targets:
 
     def __init__(self, config: RouterConfig) -> None:
         self.are_set = (config.target_ttft_seconds or config.target_itl_seconds) is not None
+        # Prefill workers prepare for streams (CUDA graphs, prompts cut to what streams leave) only
+        # under a target between tokens; and without one nothing here sees what streams suffer.
+        self.let_prefill_generate = config.target_itl_seconds is not None
         self._ttft_seconds = config.target_ttft_seconds or float("inf")
         self._itl_seconds = config.target_itl_seconds or float("inf")
 

@@ -10,7 +10,6 @@ from antiphon.config import RouterConfig
 from antiphon.messages import Load, Role
 from antiphon.router.decision import Reason
 from antiphon.router.policy import Policy
-from antiphon.router.targets import Predicted, Targets
 
 PROMPT = list(range(401))  # 0.4 s at the 1000 tokens/s of the idle workers in conftest.py
 SHORT = list(range(40))
@@ -159,6 +158,52 @@ def test_a_prefill_worker_with_less_context_generates_nothing(cluster):
     assert choose(policy(), view).reason is Reason.REMOTE
 
 
+# Room.
+
+
+def test_nobody_leaves_a_worker_with_room_for_one_without(cluster):
+    view = cluster.view(prefill=1, decode=2)
+    set_load(cluster, view, "p0", prompt_share=0.9)
+    set_load(cluster, view, "d0", **streams(5))  # 70 ms of 100
+    set_load(cluster, view, "d1", **streams(1), num_free_blocks=10)  # of 26
+    for target_ttft in (2.0, None):
+        assert choose(policy(target_ttft), view).decode.incarnation == "d0"
+    set_load(cluster, view, "d1", **streams(1))
+    assert choose(policy(), view).decode.incarnation == "d1"
+
+
+def test_where_decode_has_no_room_prefill_keeps_the_request(cluster):
+    view = pair(cluster, decode={**streams(1), "num_free_blocks": 10})
+    assert choose(policy(), view).reason is Reason.PREFILL_ALONE
+    set_load(cluster, view, "p0", num_free_blocks=10)
+    assert choose(policy(), view).reason is Reason.REMOTE
+
+
+def test_what_prefill_computes_for_a_decode_worker_is_not_yet_cached_there(cluster):
+    busy = {"prompt_share": 0.9}
+    view = pair(cluster, busy, streams(3))
+    chooser = policy(ttft=10.0)
+    first = choose(chooser, view)
+    assert first.reason is Reason.REMOTE
+    chooser.on_sent(view, first)
+    set_load(cluster, view, "p0", num_queued_tokens=4000, **busy)
+    decision = choose(chooser, view, [*PROMPT, *range(5000, 5050)])
+    assert decision.num_cached_tokens_decode == 0
+    # 4.5 s at the pair. Alone, 450 tokens take 28 steps of 90 ms, and 50 of them would take 3.
+    assert decision.predicted_ttft_seconds > 2.5
+
+
+def test_a_decode_worker_that_computes_a_prompt_will_have_its_blocks(cluster):
+    view = pair(cluster, {"num_queued_tokens": 6000})
+    chooser = policy()
+    first = choose(chooser, view)
+    assert first.reason is Reason.DECODE_ALONE
+    chooser.on_sent(view, first)
+    second = choose(chooser, view, [*PROMPT, *range(5000, 5050)])
+    assert second.reason is Reason.DECODE_ALONE
+    assert second.num_cached_tokens_decode == 400
+
+
 # What a prefill worker's streams cost it.
 
 
@@ -191,6 +236,12 @@ def test_each_target_works_alone(cluster):
     full = pair(cluster, decode=streams(14))
     assert choose(policy(ttft=None), full).reason is Reason.PREFILL_ALONE
     assert choose(policy(itl=None), full).reason is Reason.REMOTE
+
+
+def test_prefill_generates_only_under_a_target_between_tokens(cluster):
+    slow = pair(cluster, decode={"decode_base_seconds": 0.3, "decode_step_seconds": 0.3})
+    assert choose(policy(1.0, 0.5), slow).reason is Reason.PREFILL_ALONE
+    assert choose(policy(1.0, None), slow).reason is not Reason.PREFILL_ALONE
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -249,32 +300,3 @@ def test_leaving_the_pair_is_cheap(cluster):
         chooser.choose(view, prompt, 0.0)
         durations.append(time.perf_counter() - began_at)
     assert min(durations) < 1e-3  # 60 us on a quiet machine
-
-
-# The comparison itself.
-
-
-def test_targets_compare_by_the_larger_ratio():
-    targets = Targets(RouterConfig(target_ttft_seconds=2.0, target_itl_seconds=0.1))
-    late, stalled, fine = Predicted(3.0, 0.05), Predicted(0.5, 0.12), Predicted(0.5, 0.04)
-    assert [targets.are_safe(p) for p in (late, stalled, fine)] == [False, False, True]
-    assert targets.better(late, [stalled]) == 0
-    assert targets.better(stalled, [late]) is None
-    assert targets.better(late, [stalled, fine]) == 1
-    assert targets.better(late, []) is None
-    assert targets.better(stalled, [Predicted(0.5, 0.119)]) is None  # no clear difference
-
-
-def test_within_the_safe_share_only_clearly_quicker_counts():
-    targets = Targets(RouterConfig(target_ttft_seconds=2.0, target_itl_seconds=0.1))
-    slow = Predicted(0.9, 0.04)
-    assert not targets.are_safe(slow)
-    assert targets.better(slow, [Predicted(0.85, 0.04)]) is None
-    assert targets.better(slow, [Predicted(0.5, 0.05)]) == 0
-    assert targets.better(slow, [Predicted(0.5, 0.06)]) is None  # not at a stream's cost
-
-
-def test_nothing_strains_without_targets():
-    targets = Targets(RouterConfig())
-    assert not targets.are_set
-    assert targets.are_safe(Predicted(1e9, 1e9))
