@@ -156,7 +156,9 @@ class Rating:
         ledger = self._sent.of(worker.card.incarnation)
         if ledger is None:
             return _NOTHING_SENT
-        ledger.settle(worker.updated_at)
+        if ledger.num_unseen:
+            load = worker.load
+            ledger.settle(worker.updated_at, load.num_running + load.num_waiting)
         return ledger
 
     def gap_seconds(self, worker: WorkerView) -> float:

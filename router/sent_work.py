@@ -3,6 +3,11 @@
 Telemetry lags. Without this ledger, all prompts of a burst would go to the worker that looked best
 in the last message. An entry is *unseen* until the worker reports at least ``lag_seconds`` after it
 was sent; from then on the report speaks for it. It is *outstanding* until it is removed.
+
+Time alone cannot tell: the first request of a burst wakes a worker, whose report comes a publishing
+interval later and speaks of that one, while the others came during its step. So a stream stays
+unseen as well while the worker counts fewer requests than this router has streams there. A prefill
+worker is done with a prompt before this router knows, so there the time has to do.
 """
 
 from dataclasses import dataclass
@@ -41,11 +46,19 @@ class WorkerLedger:
         self.num_outstanding = len(self._outstanding)
         self._count(item, 1)
 
-    def settle(self, updated_at: float) -> None:
-        """Leave to the report of ``updated_at`` what it can include."""
+    def settle(self, updated_at: float, num_requests: int) -> None:
+        """Leave to a report what it can include.
+
+        Args:
+            updated_at: When it came.
+            num_requests: That it counts on the worker, whoever sent them.
+        """
+        num_missing = self.num_streams - num_requests  # so many, at least, of the newest
         while self._unseen:
             decision_id, item = next(iter(self._unseen.items()))
             if item.sent_at + self._lag_seconds > updated_at:
+                return
+            if item.is_stream and self.num_unseen_streams <= num_missing:
                 return
             self.see(decision_id)
 
@@ -72,8 +85,8 @@ class SentWork:
     """The ledgers of all workers, by incarnation.
 
     Args:
-        lag_seconds: From sending a request to the earliest report that surely includes it: its way
-            through the ingress, over the network and, for a prefill, through the decode worker.
+        lag_seconds: From sending a request to the earliest report that can include it, as workers
+            publish what has changed after so long.
     """
 
     def __init__(self, lag_seconds: float = 0.05) -> None:

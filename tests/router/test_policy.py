@@ -219,6 +219,16 @@ def test_reports_take_over_from_the_ledger(cluster, policy):
     assert choose(policy, view, now=1.1).prefill.incarnation == busy
 
 
+def test_a_report_speaks_only_for_the_requests_that_it_counts(cluster, policy):
+    view = cluster.view(colocated=1)
+    for i in range(3):  # the first one wakes the worker, the others come during its step
+        send(policy, view, [i, *LONG], now=0.001 * i)
+    set_load(cluster, view, "c0", now=0.056, num_running=1, num_queued_tokens=1000)
+    assert choose(policy, view, [9, *LONG], now=0.06).predicted_ttft_seconds > 4.0
+    set_load(cluster, view, "c0", now=0.6, num_running=3, num_queued_tokens=1000)
+    assert choose(policy, view, [9, *LONG], now=0.6).predicted_ttft_seconds < 2.5
+
+
 def test_the_first_token_frees_the_prefill_worker_and_the_end_both(cluster, policy):
     view = cluster.view(prefill=1, decode=1)
     decision = send(policy, view)
