@@ -58,18 +58,16 @@ class Policy:
         Raises:
             NoWorkerError: No decode or colocated worker is left.
         """
+        decodes = [w for w in view.decode_workers if w.card.incarnation not in exclude]
+        if not decodes:
+            # Before anything that costs: who waits for a worker asks again every few milliseconds.
+            raise NoWorkerError(_explain_no_worker(view))
         view.assume_rates(now)
         cached = view.match(prompt, now)
         self._num_decisions += 1
         prefills = self._rate_prefills(view.prefill_workers, prompt, cached, exclude)
         prefill = self._pick(prefills, _least_work) if prefills else None
-        options = [
-            self._rating.decode(worker, prompt, cached, prefill)
-            for worker in view.decode_workers
-            if worker.card.incarnation not in exclude
-        ]
-        if not options:
-            raise NoWorkerError(_explain_no_worker(view))
+        options = [self._rating.decode(worker, prompt, cached, prefill) for worker in decodes]
         decode = self._pick(options, _least_crowded)
         if self._targets.are_set:
             decode = self._keep_targets(decode, view, prompt, cached, prefill, exclude)
@@ -129,10 +127,12 @@ class Policy:
         cached: CachedBlocks,
         exclude: frozenset[str],
     ) -> list[RatedTuple]:
+        num_tokens = prompt.num_kv_tokens
         return [
             self._rating.prefill(worker, prompt, cached)
             for worker in workers
             if worker.card.incarnation not in exclude
+            and worker.card.max_context_tokens >= num_tokens
         ]
 
     def _keep_targets(

@@ -121,6 +121,30 @@ def test_no_worker_is_an_error_that_names_the_role(cluster, policy):
         choose(policy, cluster.view(prefill=1, decode=2), exclude={"d0", "d1"})
 
 
+def test_asking_again_for_a_decode_worker_looks_nothing_up(cluster, policy, monkeypatch):
+    view = cluster.view(prefill=2, decode=1)
+    prompt = view.hash_prompt(LONG)
+    monkeypatch.setattr(view, "match", None)
+    for _ in range(3):
+        with pytest.raises(NoWorkerError):
+            policy.choose(view, prompt, 0.0, frozenset({"d0"}))
+
+
+def test_a_prefill_worker_with_less_context_than_the_prompt_is_not_asked(cluster, policy):
+    view = cluster.view(decode=1)
+    for name, max_context_tokens in (("p0", 998), ("p1", 999), ("p2", 500)):
+        card = replace(cluster.card(name, Role.PREFILL), max_context_tokens=max_context_tokens)
+        view.join(card)
+        view.apply(name, cluster.snapshot(), 0.0)
+    set_load(cluster, view, "p1", num_queued_tokens=5000)
+    decision = choose(policy, view)  # 999 tokens of KV
+    assert decision.prefill is not None
+    assert decision.prefill.incarnation == "p1"
+    assert decision.alternates == ()
+    assert choose(policy, view, exclude={"p1"}).reason is Reason.NO_PREFILL
+    assert choose(policy, view, LONG[:600]).prefill.incarnation == "p0"
+
+
 def test_excluded_decode_workers_are_not_chosen(cluster, policy):
     view = cluster.view(decode=3)
     chosen = {choose(policy, view, exclude={"d1"}).decode.incarnation for _ in range(6)}
