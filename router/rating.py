@@ -186,7 +186,9 @@ def _num_generating(load: Load, ledger: WorkerLedger) -> int:
 def _num_cached_tokens(found: dict[str, int], card: WorkerCard, num_kv_tokens: int) -> int:
     """Tokens of a prompt that need no computing on a worker; the last one is never among them."""
     num_tokens = found.get(card.incarnation, 0) * card.block_size
-    return num_tokens if num_tokens < num_kv_tokens else num_kv_tokens
+    if num_tokens <= num_kv_tokens:
+        return num_tokens
+    return num_kv_tokens - num_kv_tokens % card.block_size  # whole blocks are found, or none
 
 
 def num_blocks(prompt: HashedPrompt, card: WorkerCard, num_cached_tokens: int) -> int:

@@ -10,6 +10,7 @@ from antiphon.errors import NoWorkerError
 from antiphon.messages import Role
 from antiphon.router.decision import Reason
 from antiphon.router.policy import Policy
+from antiphon.router.telemetry_view import ClusterView
 
 LONG = list(range(1000))
 LONG_HASHES = hash_blocks(LONG, 16)
@@ -72,6 +73,18 @@ def test_a_cached_long_prompt_stays_on_decode(cluster, policy):
     assert decision.reason is Reason.SHORT
     assert decision.num_cached_tokens_decode == 992
     assert decision.predicted_ttft_seconds == pytest.approx(0.007 + 0.05)
+
+
+def test_a_prompt_of_whole_blocks_lacks_its_last_one_wherever_it_is_cached(cluster, policy):
+    view = ClusterView()
+    for role in (Role.PREFILL, Role.DECODE):
+        view.join(cluster.card(role.value, role, block_size=256))
+        view.apply(role.value, cluster.snapshot(), 0.0)
+    prompt = LONG[:512]
+    set_load(cluster, view, "decode", stored=hash_blocks(prompt, 256))
+    decision = choose(policy, view, prompt)
+    assert decision.num_cached_tokens_decode == 256
+    assert decision.reason is Reason.REMOTE  # 255 tokens
 
 
 def test_a_short_prompt_crosses_when_it_would_stall_many_streams(cluster, policy):
