@@ -143,7 +143,8 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        wanted = Headers(scope=scope).get("x-request-id", "")
+        request_id = clean_request_id(wanted) or secrets.token_hex(16)
         scope[REQUEST_ID_KEY], scope[ARRIVED_AT_KEY] = request_id, time.monotonic()
         is_started = False
 
@@ -164,6 +165,6 @@ class RequestIdMiddleware:
             await describe(error, request_id).response()(scope, receive, send_with_id)
 
 
-def _request_id(wanted: str) -> str:
-    """Keep what is safe of the client's id, which reaches logs, headers and workers."""
-    return _NOT_IN_REQUEST_ID.sub("", wanted)[:_MAX_REQUEST_ID] or secrets.token_hex(16)
+def clean_request_id(wanted: str) -> str:
+    """Keep what is safe of the client's id, which reaches logs, headers and workers; or nothing."""
+    return _NOT_IN_REQUEST_ID.sub("", wanted)[:_MAX_REQUEST_ID]

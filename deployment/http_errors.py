@@ -29,6 +29,7 @@ from antiphon.errors import (
     PromptTooLongError,
     RequestError,
     UnknownModelError,
+    UnknownRequestError,
     WorkerLostError,
 )
 from antiphon.router.retry_after import whole_seconds
@@ -108,6 +109,8 @@ def _describe_request_error(error: RequestError) -> ErrorReply:
         return ErrorReply(400, message, param="prompt", code="context_length_exceeded")
     if isinstance(error, UnknownModelError):
         return ErrorReply(404, message, param="model", code="model_not_found")
+    if isinstance(error, UnknownRequestError):
+        return ErrorReply(404, message, param="request_id", code=error.CODE)
     return ErrorReply(400, message)
 
 

@@ -11,7 +11,7 @@ target while it has a session with the ingress that answers.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -59,6 +59,20 @@ class MetricsServer:
 
 
 AskAll = Callable[..., Awaitable[Sequence[Any]]]  # seconds, a method's name, its arguments
+_Answer = TypeVar("_Answer")
+
+
+def readable(answers: Sequence[Any], wanted: type[_Answer]) -> list[_Answer]:
+    """What ingresses answered, without failures and what one of another version says."""
+    found = []
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            continue
+        try:
+            found.append(msgspec.convert(answer, wanted))
+        except msgspec.ValidationError as error:
+            logger.warning("an ingress, of another version perhaps, is not understood: %s", error)
+    return found
 
 
 class Siblings:
@@ -82,7 +96,7 @@ class Siblings:
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 answers = await self._ask_all(ASK_SECONDS, "describe")
-            told = [msgspec.convert(a, IngressAddress) for a in answers if isinstance(a, dict)]
+            told = readable(answers, IngressAddress)
         except Exception as error:
             logger.warning("the other ingresses cannot be asked for their metrics: %r", error)
         if not answers or len(told) < len(answers):

@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from antiphon.deployment.http_app import clean_request_id
 from antiphon.deployment.journal import MAX_FOUND, Journal
-from antiphon.deployment.metrics_targets import ASK_SECONDS, AskAll
+from antiphon.deployment.metrics_targets import ASK_SECONDS, AskAll, readable
 from antiphon.deployment.request_timeline import Found, RequestTimeline
+from antiphon.errors import UnknownRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ async def find_everywhere(request_id: str, ask_all: AskAll, own: Journal) -> Fou
     """Ask every ingress for a request; bounded by ``ASK_SECONDS``.
 
     Args:
-        request_id: As its client knows it.
+        request_id: As it is kept, see ``clean_request_id``.
         ask_all: Calls a method of every ingress, this one too.
         own: Is read where the others cannot be asked.
     """
@@ -30,8 +31,8 @@ async def find_everywhere(request_id: str, ask_all: AskAll, own: Journal) -> Fou
     try:
         async with asyncio.timeout(ASK_SECONDS):
             answers = await ask_all(ASK_SECONDS, "find_requests", request_id)
-        told = [msgspec.convert(a, list[RequestTimeline]) for a in answers if isinstance(a, list)]
-    except Exception as error:  # one may be of another version
+        told = readable(answers, list[RequestTimeline])
+    except Exception as error:
         logger.warning("the other ingresses cannot be asked for a request: %r", error)
     num_silent = len(answers) - len(told)
     if not told:  # then there may be others, of whom nothing is known
@@ -51,11 +52,14 @@ def _explain_missing(request_id: str, found: Found) -> str:
 
 
 def add_request_route(app: FastAPI, ask_all: AskAll, own: Journal) -> None:
-    """Answer ``GET /requests/{request_id}``."""
+    """Answer ``GET /requests/{request_id}``, with an id as it was sent or as it is kept."""
 
-    @app.get("/requests/{request_id}", include_in_schema=False)
+    @app.get("/requests/{request_id:path}", include_in_schema=False)
     async def find_request(request_id: str) -> Response:
-        found = await find_everywhere(request_id, ask_all, own)
+        kept_id = clean_request_id(request_id)
+        if not kept_id:
+            raise UnknownRequestError(f"nothing is kept of a request id such as {request_id!r}")
+        found = await find_everywhere(kept_id, ask_all, own)
         if not found.requests:
-            raise HTTPException(404, _explain_missing(request_id, found))
+            raise UnknownRequestError(_explain_missing(kept_id, found))
         return Response(msgspec.json.encode(found), media_type="application/json")

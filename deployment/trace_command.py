@@ -1,16 +1,18 @@
 """``antiphon trace``: prints where one request's time went, as its ingress remembers it."""
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
 
 from antiphon.deployment.request_timeline import Found
 from antiphon.deployment.timeline_report import report
+from antiphon.errors import UnknownRequestError
 
 _TIMEOUT_SECONDS = 10.0
 
@@ -28,13 +30,13 @@ def trace(
     """Print the timeline of a request, open or ended; exits with 1 if no ingress remembers it."""
     path = urllib.parse.quote(request_id, safe="")
     body = _get(f"{url.rstrip('/')}/requests/{path}", api_key)
-    if as_json:
-        typer.echo(json.dumps(json.loads(body), indent=2))
-        return
     try:
         found = msgspec.json.decode(body, type=Found)
     except msgspec.DecodeError as error:
         _fail(2, f"{url} is no endpoint of Antiphon, or of another version: {error}")
+    if as_json:
+        typer.echo(json.dumps(json.loads(body), indent=2))
+        return
     for line in report(found):
         typer.echo(line)
 
@@ -42,6 +44,8 @@ def trace(
 def _get(url: str, api_key: str) -> bytes:
     if not url.startswith(("http://", "https://")):
         _fail(2, f"{url}: begins with neither http:// nor https://")
+    if not (api_key.isascii() and api_key.isprintable()):
+        _fail(2, "the API key has a character that no header can carry, such as a line's end")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         request = urllib.request.Request(url, headers=headers)
@@ -50,17 +54,21 @@ def _get(url: str, api_key: str) -> bytes:
             return body
     except urllib.error.HTTPError as error:
         with error:
-            _fail(1 if error.code == 404 else 2, _message(error.read()) or f"{url}: {error}")
-    except OSError as error:
-        _fail(2, f"{url}: {getattr(error, 'reason', error)}")
+            told = _told(error)
+        # Any other 404 is of a server that was not asked what it remembers.
+        is_forgotten = error.code == 404 and told.get("code") == UnknownRequestError.CODE
+        _fail(1 if is_forgotten else 2, str(told.get("message") or f"{url}: {error}"))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        _fail(2, f"{url}: {getattr(error, 'reason', '') or error!r}")
 
 
-def _message(body: bytes) -> str:
-    """OpenAI's error shape, as far as it is one."""
+def _told(answer: urllib.error.HTTPError) -> dict[str, Any]:
+    """What OpenAI's error shape holds; nothing if the answer is another."""
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return ""
+        error = json.loads(answer.read())["error"]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return {}
+    return error if isinstance(error, dict) else {}
 
 
 def _fail(code: int, message: str) -> NoReturn:

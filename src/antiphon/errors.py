@@ -5,6 +5,7 @@
     - InvalidParameterError   a field has a bad value         -> 400, names the field
     - PromptTooLongError      prompt exceeds the context      -> 400, both lengths
     - UnknownModelError       no such model is served         -> 404
+    - UnknownRequestError     no ingress remembers it         -> 404
   x CapacityError             retry later or elsewhere        -> HTTP 503 + Retry-After
     - OutOfBlocksError        the block pool is used up
     - WorkerBusyError         a worker refused, with a reason
@@ -72,6 +73,12 @@ class UnknownModelError(RequestError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self.served)
+
+
+class UnknownRequestError(RequestError):
+    """Somebody asks for the timeline of a request that no ingress remembers."""
+
+    CODE = "request_not_found"  # tells the 404 from that of a path that is not served
 
 
 class CapacityError(AntiphonError):

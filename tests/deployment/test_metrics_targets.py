@@ -53,6 +53,12 @@ def test_siblings_that_do_not_answer_stay_and_those_that_are_gone_go() -> None:
     assert ask(siblings) == {"i0"}
 
 
+def test_an_ingress_of_another_version_hides_no_other() -> None:
+    replicas = Replicas()
+    replicas.answers = [{"replica_id": "i2"}, OTHER, OWN]
+    assert ask(Siblings(OWN, replicas)) == {"i0", "i1"}
+
+
 def test_an_ingress_takes_the_first_free_port_of_those_it_may_have() -> None:
     async def scenario() -> None:
         first, second = (MetricsServer(lambda: b"up 1\n") for _ in range(2))

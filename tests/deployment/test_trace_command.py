@@ -3,21 +3,19 @@
 import contextlib
 import functools
 import json
+import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
-import yaml
-from page_commands import blocks, check, commands
 from scripted_backend import CharTokenizer, Gate, ScriptedBackend, says, serving
 from typer.testing import CliRunner, Result
 
-from antiphon.config_loading import parse_config
 from antiphon.deployment.api_keys import ApiKeys
 from antiphon.deployment.cli import app as command
 from antiphon.deployment.http_app import Guard, create_app
@@ -26,19 +24,10 @@ from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal, OpenRequest
 from antiphon.deployment.journey import Journey
 from antiphon.deployment.request_search import add_request_route
-from antiphon.deployment.request_timeline import (
-    AttemptTimeline,
-    ChoiceTimeline,
-    Found,
-    RequestTimeline,
-)
-from antiphon.deployment.timeline_report import report
+from antiphon.deployment.request_timeline import Found
 from antiphon.errors import WorkerBusyError
 from antiphon.messages import TraceContext
-from antiphon.request_timing import FailedPrefill, RemotePrefill
 
-PAGE = (Path(__file__).parents[2] / "docs/tracing.md").read_text()
-ARRIVED_AT = datetime(2026, 11, 25, 15, tzinfo=UTC).timestamp()
 BODY = {"model": "org/tiny", "prompt": "a secret"}
 
 
@@ -163,17 +152,94 @@ def test_a_request_that_failed_and_one_that_was_sent_again_under_its_id() -> Non
         assert "no token yet" in output
 
 
+def test_a_client_finds_its_request_by_the_id_that_it_sent() -> None:
+    """Behind Serve that is the id in the answer; here only what is safe of it is kept."""
+    ingresses = Ingresses()
+    ingresses.backend.plays(says("hi", "stop"))
+    with ingresses.serving() as urls:
+        for sent, kept in [("Root=1-67ab", "Root1-67ab"), ("a/b+c=", "abc"), ("|d." * 99, "d.")]:
+            assert ask(urls[0], sent) == 200
+            answer = run(sent, "--url", urls[1])
+            assert (answer.exit_code, f"request {kept}" in answer.output) == (0, True), answer
+        nothing = run("///", "--url", urls[0])
+        assert (nothing.exit_code, "nothing is kept" in nothing.output) == (1, True), nothing.output
+
+
+def test_an_ingress_of_another_version_hides_no_other() -> None:
+    ingresses = Ingresses()
+    ingresses.backend.plays(says("hi", "stop"))
+
+    async def ask_all(*arguments: Any) -> Sequence[Any]:
+        return [[{}], *(await Ingresses.ask_all(ingresses, *arguments))]
+
+    ingresses.ask_all = ask_all  # type: ignore[method-assign]
+    with ingresses.serving() as urls:
+        assert ask(urls[1], "demo") == 200
+        answer = run("demo", "--url", urls[0])
+        assert answer.exit_code == 0, answer.output
+        assert "1 of 3 ingresses did not answer." in answer.output
+
+
+@contextlib.contextmanager
+def saying(words: bytes) -> Iterator[str]:
+    """A server that says this to its first client, whatever that wants."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(words)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join(timeout=10)
+
+
 @pytest.mark.parametrize(
-    ("url", "code", "message"),
+    ("url", "message"),
     [
-        ("http://127.0.0.1:9", 2, "http://127.0.0.1:9/requests/demo: "),
-        ("127.0.0.1:8000", 2, "begins with neither http:// nor https://"),
+        ("http://127.0.0.1:9", "http://127.0.0.1:9/requests/demo: "),
+        ("127.0.0.1:8000", "begins with neither http:// nor https://"),
+        ("http://127.0.0.1:none", "nonnumeric port"),
+        ("http://127.0.0.1:9/a b", "can't contain control characters"),
     ],
 )
-def test_mistakes_are_explained(url: str, code: int, message: str) -> None:
+def test_mistakes_are_explained(url: str, message: str) -> None:
     answer = run("demo", "--url", url)
-    assert answer.exit_code == code
+    assert answer.exit_code == 2
     assert message in answer.output
+
+
+_PAGE = b"<p>Hello</p>"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (b"-ERR unknown command\r\n", "BadStatusLine"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n" + _PAGE, "is no endpoint of Antiphon"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + _PAGE, "IncompleteRead"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 12\r\n\r\n" + _PAGE, "404: Not Found"),
+    ],
+)
+def test_others_that_answer_remember_nothing(
+    words: bytes, message: str, options: list[str]
+) -> None:
+    with saying(words) as url:
+        answer = run("demo", "--url", url, *options)
+    assert answer.exit_code == 2
+    assert message in answer.output
+
+
+def test_a_path_that_is_not_served_and_a_key_that_cannot_be_sent() -> None:
+    with Ingresses().serving() as urls:
+        wrong_path = run("demo", "--url", f"{urls[0]}/v1")
+        assert (wrong_path.exit_code, "Not Found" in wrong_path.output) == (2, True)
+        answer = run("demo", "--url", urls[0], api_key="secret\nkey")
+        assert (answer.exit_code, "a line's end" in answer.output) == (2, True)
+        assert "secret" not in answer.output
 
 
 # The journal.
@@ -202,58 +268,3 @@ def test_the_oldest_are_forgotten_and_nothing_is_kept_of_none() -> None:
     ended(forgetful, "r", 1)
     assert forgetful.find("r") == []
     assert not forgetful._open
-
-
-# The drawing.
-
-
-def choice(**changes: Any) -> ChoiceTimeline:
-    parts = dict(zip(
-        ("route", "submit", "prefill_queue", "prefill", "transfer", "decode_queue", "first_step",
-         "return"),
-        (0.01, 0.0, 0.09, 0.3, 0.02, 0.03, 0.04, 0.01), strict=True,
-    ))  # fmt: skip
-    told = ChoiceTimeline(
-        num_prompt_tokens=142, num_cached_tokens=16, num_output_tokens=11, finish_reason="length",
-        path="remote", ttft_seconds=0.5, tpot_seconds=0.04, longest_gap_seconds=0.06,
-        last_token_at=0.9, parts=parts,
-        remote=RemotePrefill("p1", 0.01, 0.3, 0.05, 32, 125),
-        failed_prefills=(FailedPrefill("p0", "stalled", 0.07),),
-        attempts=[
-            AttemptTimeline("d0", "decode", "n0", "remote", "p0", 0.4, 0.005, 0.006, "busy"),
-            AttemptTimeline("d1", "decode", "n0", "remote", "p1", 0.45, 0.01, 0.95, None),
-        ],
-    )  # fmt: skip
-    return msgspec.structs.replace(told, **changes)
-
-
-def drawn(*choices: ChoiceTimeline) -> str:
-    request = RequestTimeline(
-        request_id="demo-17", ingress="i0", trace_id="4bf92f3577b34da6a3ce929d0e0e4736",
-        path="/v1/chat/completions", arrived_at=ARRIVED_AT, seconds=1.0, outcome="length",
-        choices=list(choices),
-    )  # fmt: skip
-    return "\n".join(report(Found([request], 1, 0)))
-
-
-def test_a_timeline_is_drawn_as_on_its_page() -> None:
-    (drawing,) = blocks(PAGE, "text")
-    assert drawn(choice()) == drawing.rstrip()
-
-
-def test_the_examples_of_the_page_are_valid() -> None:
-    for words in commands(PAGE):
-        check(words)
-    for block in blocks(PAGE, "yaml"):
-        assert parse_config(yaml.safe_load(block)).tracing.endpoint is not None
-
-
-def test_what_has_not_happened_is_not_drawn() -> None:
-    waiting = choice(
-        path=None, ttft_seconds=None, tpot_seconds=None, last_token_at=None, parts={}, remote=None,
-        failed_prefills=(), finish_reason=None, num_output_tokens=0, attempts=[],
-    )  # fmt: skip
-    text = drawn(waiting)
-    assert "no token yet      1,000.0  100.0 %  ########################################" in text
-    assert "first token" not in text
-    assert text.endswith("whole             1,000.0  100.0 %\n")
