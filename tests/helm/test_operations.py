@@ -192,6 +192,15 @@ def test_alerts_link_to_where_runbooks_are_published(with_files: Helm) -> None:
     assert group["rules"][0]["annotations"]["runbook_url"] == "https://wiki.example.com/r#Slow"
 
 
+def test_dashboards_link_to_where_runbooks_are_published(helm: Helm) -> None:
+    where = "https://wiki.example.com/r"
+    values = {"dashboards": {"enabled": True}, "prometheusRule": {"runbooks": where}}
+    for item in named(helm.render(overrides=values), "ConfigMap").values():
+        (text,) = item["data"].values()
+        assert where in text
+        assert "docs/runbooks.md" not in text
+
+
 def test_every_dashboard_and_rule_file_of_the_chart_is_rendered(helm: Helm) -> None:
     rendered = helm.render(overrides=ALL_ON)
     boards = {path.name: path.read_text() for path in CHART.glob("dashboards/*.json")}
