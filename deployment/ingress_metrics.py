@@ -61,7 +61,7 @@ class IngressMetrics(Metrics):
         )
         self._ttft_parts = self.histogram(
             "antiphon_time_to_first_token_part_seconds",
-            "The same, part by part; the parts add up to the whole.",
+            "The same, part by part; the parts add up to the whole; only remote has a transfer.",
             "part",
         )
         self._itl = self.histogram(
@@ -181,8 +181,11 @@ class IngressMetrics(Metrics):
             self._itl.observe(gap / num_tokens, count=num_tokens)
         elif num_tokens and journey.timing is not None and journey.ttft_seconds is not None:
             self._ttft.observe(journey.ttft_seconds, journey.timing.prefill_path)
+            had_transfer = journey.timing.remote is not None
             for part, seconds in journey.parts().items():
-                self._ttft_parts.observe(seconds, part)
+                # Choices without one would be all that a quantile over transfers shows.
+                if had_transfer or part != "transfer":
+                    self._ttft_parts.observe(seconds, part)
 
     def choice_ended(self, journey: Journey) -> None:
         """A choice ended with stop or length."""

@@ -17,7 +17,7 @@ from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal
 from antiphon.deployment.journey import Journey
 from antiphon.errors import WorkerBusyError, WorkerLostError
-from antiphon.request_timing import RequestTiming
+from antiphon.request_timing import RemotePrefill, RequestTiming
 
 OUTCOMES = "antiphon_requests_total"
 
@@ -210,6 +210,20 @@ def test_no_target_no_goodput() -> None:
     metrics.choice_ended(Journey(0.0))
     assert b"antiphon_requests_by_target_total{" not in metrics.render()
     assert b"antiphon_target_seconds{" not in metrics.render()
+
+
+def test_only_a_first_token_that_a_prefill_worker_worked_for_waited_for_a_transfer() -> None:
+    """Or a quantile over the others, which waited 0 s, would hide it."""
+    metrics = IngressMetrics()
+    remote = RequestTiming("remote", transfer=2.0, remote=RemotePrefill("p", 0.0, 0.0, 2.0, 0, 9))
+    for timing in [remote, *[RequestTiming("local", prefill=0.1)] * 9]:
+        journey = Journey(arrived_at=100.0)
+        journey.timing, journey.first_sent_at = timing, 100.0
+        metrics.tokens_left(journey, 1, 103.0)
+    parts = "antiphon_time_to_first_token_part_seconds"
+    assert metrics.count(f"{parts}_count", part="return") == 10
+    assert metrics.count(f"{parts}_count", part="transfer") == 1
+    assert metrics.count(f"{parts}_sum", part="transfer") == 2.0
 
 
 def test_tokens_that_leave_together_share_their_gap() -> None:
