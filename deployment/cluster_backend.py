@@ -8,7 +8,7 @@ sessions over which it goes.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -67,7 +67,8 @@ class ClusterBackend:
         self._is_stopping = False
         self._is_cut_off = False
         self._num_open = 0
-        metrics.registry.register(ClusterCollector(self._view, needed_roles))
+        self._collector = ClusterCollector(self._view, needed_roles)
+        metrics.registry.register(self._collector)
 
     @property
     def max_context_tokens(self) -> int:
@@ -103,6 +104,10 @@ class ClusterBackend:
     def set_workers(self, role: Role, cards: Mapping[str, WorkerCard]) -> None:
         """Take in the running workers of one pool; on the event loop."""
         self.sessions.set_workers(role, cards)
+
+    def count_wanted(self, num_wanted: Callable[[], Mapping[Role, int]]) -> None:
+        """Say whom metrics ask for how many workers each pool is to have."""
+        self._collector.num_wanted = num_wanted
 
     async def generate(
         self,

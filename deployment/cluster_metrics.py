@@ -5,7 +5,7 @@ A worker's samples are gone as soon as it is: nothing is kept but what the view 
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -23,11 +23,16 @@ class ClusterCollector(Collector):
 
     Args:
         pools: Those that are configured: a pool without a worker counts 0, another is not there.
+
+    Attributes:
+        num_wanted: Asked for how many workers a pool is to have; one of which nobody has said so
+            is not there.
     """
 
     def __init__(self, view: ClusterView, pools: Iterable[Role]) -> None:
         self._view = view
         self._pools = tuple(pools)
+        self.num_wanted: Callable[[], Mapping[Role, int]] = dict
 
     def collect(self) -> Iterator[Metric]:
         """Yield one family after the other."""
@@ -40,6 +45,12 @@ class ClusterCollector(Collector):
             "Workers that this ingress can route to, or that drain.",
             ["role", "pool"],
             {(_ROLE, pool): count for pool, count in pools.items()},
+        )
+        yield gauge_family(
+            "antiphon_workers_wanted",
+            "Workers that Serve is to run.",
+            ["role", "pool"],
+            {(_ROLE, pool.value): count for pool, count in self.num_wanted().items()},
         )
         yield gauge_family(
             "antiphon_router_index_blocks",

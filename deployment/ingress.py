@@ -141,10 +141,13 @@ class IngressProcess:
         host_port = await self._server.listen(host, self._ports)
         self._address = IngressAddress(replica_id, host, host_port)
         self._siblings = Siblings(self._address, self._placement.ask_ingresses)
-        watches = [_watch(self.backend, Role(role), pool) for role, pool in self._pools.items()]
+        watches = {Role(r): _watch(self.backend, Role(r), pool) for r, pool in self._pools.items()}
+        self.backend.count_wanted(
+            lambda: {role: n for role, w in watches.items() if (n := w.num_wanted) is not None}
+        )
         await _meet_workers(self.backend)
         yield
-        for watch in watches:
+        for watch in watches.values():
             watch.close()
         await self.backend.close()
         await self._server.close()

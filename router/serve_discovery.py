@@ -74,6 +74,19 @@ class WorkerWatch:
         deployment = (handle.app_name, handle.deployment_name)
         self._stop: Callable[[], None] = discovery.DIRECTORY.listen(deployment, listener)
 
+    @property
+    def num_wanted(self) -> int | None:
+        """How many replicas Serve is to run; None before it has said so, and after ``close``.
+
+        Serve sends every handle the configuration of its deployment, at first and at each change,
+        and keeps it for itself: the way there is that of the one version that is required.
+        """
+        if self._handle is None:
+            return None
+        router: Any = self._handle._router
+        config = router._asyncio_router._metrics_manager._deployment_config
+        return None if config is None else int(config.num_replicas)
+
     def close(self) -> None:
         """Stop; after this the listener is not called again."""
         self._stop()

@@ -86,10 +86,13 @@ _WHICH_POOL = Section(
     [
         Chart(
             "Connected workers",
-            "By pool, as the best informed ingress sees them. A step down is a worker that was "
-            "lost or is being replaced.",
+            "By pool, as the best informed ingress sees them, and how many Serve is to run. A step "
+            "down is a worker that was lost or is being replaced.",
             "short",
-            [("{{pool}}", f"max by (pool) (antiphon_router_workers{{{JOB}}})")],
+            [
+                ("{{pool}}", f"max by (pool) (antiphon_router_workers{{{JOB}}})"),
+                ("{{pool}}, wanted", f"max by (pool) (antiphon_workers_wanted{{{JOB}}})"),
+            ],
         ).lines(),
         ttft_by_part(8).areas(),
         requests_by_outcome(8).areas(),

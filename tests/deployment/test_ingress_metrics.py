@@ -11,12 +11,14 @@ import pytest
 from scripted_backend import CharTokenizer, Gate, ScriptedBackend, says, serving
 
 from antiphon.config import RouterConfig
+from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.http_app import create_app
 from antiphon.deployment.http_metrics import RequestMetricsMiddleware
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal
 from antiphon.deployment.journey import Journey
 from antiphon.errors import WorkerBusyError, WorkerLostError
+from antiphon.messages import Role
 from antiphon.request_timing import RemotePrefill, RequestTiming
 
 OUTCOMES = "antiphon_requests_total"
@@ -210,6 +212,17 @@ def test_no_target_no_goodput() -> None:
     metrics.choice_ended(Journey(0.0))
     assert b"antiphon_requests_by_target_total{" not in metrics.render()
     assert b"antiphon_target_seconds{" not in metrics.render()
+
+
+def test_how_many_workers_serve_is_to_run_is_asked_at_each_scrape() -> None:
+    metrics = IngressMetrics()
+    backend = ClusterBackend("tiny", RouterConfig(), {Role.DECODE}, metrics)
+    wanted: dict[Role, int] = {}
+    backend.count_wanted(lambda: wanted)
+    assert b"antiphon_workers_wanted{" not in metrics.render()
+    for number in (3, 4):
+        wanted[Role.DECODE] = number
+        assert metrics.count("antiphon_workers_wanted", pool="decode") == number
 
 
 def test_only_a_first_token_that_a_prefill_worker_worked_for_waited_for_a_transfer() -> None:

@@ -111,6 +111,13 @@ def wait_for_ingress(ingress, expected: list[str], timeout_seconds: float = 60.0
         time.sleep(0.02)
 
 
+def wait_for_wanted(watch: WorkerWatch, expected: int, timeout_seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while watch.num_wanted != expected:
+        assert time.monotonic() < deadline, f"Serve wants {watch.num_wanted}"
+        time.sleep(0.02)
+
+
 def incarnations(cards: dict[str, WorkerCard]) -> list[str]:
     return sorted(card.incarnation for card in cards.values())
 
@@ -126,6 +133,7 @@ def test_cards_are_learned_and_follow_a_killed_replica(ingress):
     assert len(set(incarnations(first))) == 2
     wait_for_ingress(ingress, incarnations(first))
     assert threading.get_ident() not in cards.threads
+    wait_for_wanted(watch, 2)
 
     killed, survivor = first.values()
     killed_at = time.monotonic()
@@ -142,4 +150,6 @@ def test_cards_are_learned_and_follow_a_killed_replica(ingress):
     workers = serve.get_deployment_handle("Worker", "app")
     answers = [workers.incarnation.remote() for _ in range(8)]
     assert {answer.result(timeout_s=30) for answer in answers} <= set(incarnations(second))
+    assert watch.num_wanted == 2
     watch.close()
+    assert watch.num_wanted is None

@@ -1,6 +1,24 @@
 """The cases of ``alert_cases`` for what may be behind the symptoms, and all cases together."""
 
-from alert_cases import CAPACITY, D1, D1_ALL, SYMPTOMS, AlertCase, lives, of_ingress, of_worker
+from alert_cases import (
+    CAPACITY,
+    D1,
+    D1_ALL,
+    SYMPTOMS,
+    AlertCase,
+    Series,
+    lives,
+    of_ingress,
+    of_worker,
+)
+
+_DECODE = 'pool="decode"'
+_CONNECTED = "antiphon_router_workers"
+
+
+def _wanted(values: str) -> Series:
+    return of_ingress("antiphon_workers_wanted", values, _DECODE)
+
 
 LADDER = [
     AlertCase(
@@ -53,13 +71,23 @@ LADDER = [
         {"job": "a", "pool": "decode"},
     ),
     AlertCase(
+        "AntiphonPoolShort",
+        40,
+        lives("1x60") | _wanted("2x60") | of_ingress(_CONNECTED, "2x5 1x60", _DECODE),
+        # A long update: there is always one less, and always one that is new.
+        lives("1x20 stale", "1x40 stale", "_x10 1x60", "_x21 1x60", "_x32 1x60", "_x43 1x60")
+        | _wanted("5x60")
+        | of_ingress(_CONNECTED, "5x5 4x60", _DECODE),
+        {"job": "a", "pool": "decode"},
+    ),
+    AlertCase(
         "AntiphonWorkersUnreachable",
         10,
-        lives("1x20", "1x20") | of_ingress("antiphon_router_workers", "2 1x20", 'pool="decode"'),
+        lives("1x20", "1x20") | of_ingress(_CONNECTED, "2 1x20", _DECODE),
         # One is met late, and one drains, which an ingress that is younger does not know.
         lives("1x20", "1x20", "1x20")
         | {'antiphon_draining{job="a", instance="d:2", pool="decode"}': "1x20"}
-        | of_ingress("antiphon_router_workers", "2 1 1 2x20", 'pool="decode"'),
+        | of_ingress(_CONNECTED, "2 1 1 2x20", _DECODE),
         {"job": "a", "pool": "decode"},
     ),
 ]

@@ -83,6 +83,8 @@ class Faults:
 
     async def disturb(self, system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
         """Make the faults that leave every hand-off possible; the last of them makes it slow."""
+        for ingress in system.ingresses:
+            ingress.wanted[Role.COLOCATED] += 1  # and none comes
         system.spawn(_ask_for_hand_offs(system))
         system.spawn(_overload(system))  # or it would take all requests, since it needs no hand-off
         await _break_links(system)  # while they are mostly idle, and breaking shuns nobody

@@ -60,6 +60,8 @@ class Ingress:
         )
         self.metrics = IngressMetrics(config)
         self.backend = ClusterBackend("tiny", config, ROLES, self.metrics)
+        self.wanted = {Role.PREFILL: 2, Role.DECODE: 2, Role.COLOCATED: 1}  # what Serve is to run
+        self.backend.count_wanted(lambda: self.wanted)
         self._app = create_app(
             self.backend,
             CharTokenizer(),
