@@ -24,6 +24,11 @@ _Panel = TypeVar("_Panel", stat.Panel, statetimeline.Panel, table.Panel, timeser
 _HEIGHT = 8
 _STAT_HEIGHT = 4
 GREEN, YELLOW, RED = "green", "yellow", "red"
+_NOTHING = models.SpecialValueMap(
+    models.DashboardSpecialValueMapOptions(
+        models.SpecialValueMatch.NULL_AND_NAN, models.ValueMappingResult("none")
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,17 @@ class Chart:
         return self.lines(is_stacked=True)
 
     def number(self, judged: str = "") -> PanelBuilder:
-        """The latest values, in the colours that they deserve.
+        """The values now, in the colours that they deserve.
+
+        Of this instant: a series that has ended, or a share of nothing, which is NaN, has a number
+        hours ago, and a range would show that one.
 
         Args:
             judged: Legend of the only one that has colours; it is a multiple, without a unit.
         """
-        panel = stat.Panel().no_value("none").graph_mode(common_models.BigValueGraphMode.AREA)
+        panel = stat.Panel().no_value("none").graph_mode(common_models.BigValueGraphMode.NONE)
         panel.color_scheme(dashboard.FieldColor().mode(models.FieldColorModeId.THRESHOLDS))
-        panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        panel.reduce_options(common.ReduceDataOptions().calcs(["last"])).mappings([_NOTHING])
         if not judged:
             return self._dressed(panel, _STAT_HEIGHT)
         values = {"thresholds": _thresholds(self.steps).build(), "unit": "short", "decimals": 1}
@@ -107,17 +115,19 @@ class Chart:
         if link:
             links = [{"title": "runbook", "url": link, "targetBlank": True}]
             panel.override_by_name(columns[0], [models.DynamicConfigValue("links", links)])
-        return self._dressed(panel, _HEIGHT, is_table=True)
+        return self._dressed(panel, _HEIGHT)
 
-    def _dressed(self, panel: _Panel, height: int, *, is_table: bool = False) -> _Panel:
+    def _dressed(self, panel: _Panel, height: int) -> _Panel:
         """Give a panel what all kinds have."""
         panel.title(self.title).description(self.description).datasource(DATASOURCE)
         panel.unit(self.unit).span(self.width).height(height).thresholds(_thresholds(self.steps))
         for position, (legend, expression) in enumerate(self.queries):
             query = prometheus.Dataquery().ref_id(chr(ord("A") + position)).expr(expression)
             query.legend_format(legend).datasource(DATASOURCE)
-            if is_table:
-                query.format(prometheus_models.PromQueryFormat.TABLE).instant()
+            if isinstance(panel, table.Panel):
+                query.format(prometheus_models.PromQueryFormat.TABLE)
+            if isinstance(panel, table.Panel | stat.Panel):
+                query.instant()
             else:
                 query.range()
             panel.with_target(query)

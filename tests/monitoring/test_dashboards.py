@@ -75,6 +75,17 @@ def test_colours_of_a_budget_follow_the_objective(title: str, slos: str) -> None
         assert plain["value"] is None
 
 
+def test_numbers_are_those_of_now_and_none_is_not_a_number() -> None:
+    """The share of the last request of the evening, in red, all night: that is no number of now."""
+    numbers = [panel for _, panel in panels() if panel["type"] == "stat"]
+    assert numbers
+    for panel in numbers:
+        assert panel["options"]["reduceOptions"]["calcs"] == ["last"], panel["title"]
+        assert all(t["instant"] and not t["range"] for t in panel["targets"]), panel["title"]
+        (mapping,) = panel["fieldConfig"]["defaults"]["mappings"]
+        assert mapping["options"] == {"match": "null+nan", "result": {"text": "none"}}
+
+
 def test_a_firing_alert_leads_to_its_runbook() -> None:
     (table,) = [p for name, p in panels() if name == "on-call" and p["type"] == "table"]
     (override,) = table["fieldConfig"]["overrides"]
