@@ -4,6 +4,7 @@ All worlds of all cases are one test to promtool, since each test of its own wou
 of a second: a world's series are those of a scrape job of its own.
 """
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 from alert_cases import AlertCase
 from alert_cause_cases import CASES
+from alert_quiet_cases import MINUTES, QUIET, QuietCase
 from prometheus_binaries import ROOT, binary
 
 RULES = sorted((ROOT / "helm/antiphon/rules").glob("*.yaml"))
@@ -64,6 +66,20 @@ def _pairs(labels: dict[str, str]) -> str:
     return ", ".join(f'{name}="{value}"' for name, value in labels.items())
 
 
+def silence(case: QuietCase, number: int) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
+    """The series of a world in which an alert is never heard, and that expectation."""
+    job = f"quiet-{number}"
+    series = [
+        {"series": name.replace('job="a"', f'job="{job}"'), "values": values}
+        for name, values in case.world.items()
+    ]
+    firing = f"ALERTS{{{_pairs({'alertname': case.alert, 'alertstate': 'firing', 'job': job})}}}"
+    expected = [
+        {"expr": firing, "eval_time": f"{minute}m", "exp_samples": []} for minute in MINUTES
+    ]
+    return series, expected
+
+
 def document(*tests: dict[str, Any]) -> str:
     return yaml.safe_dump(
         {
@@ -89,6 +105,42 @@ def test_every_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     promtool("test", "rules", path)
 
 
+def test_alerts_stay_quiet_where_little_happens(tmp_path: Path) -> None:
+    worlds = [silence(case, number) for number, case in enumerate(QUIET)]
+    test = {
+        "interval": "15s",
+        "input_series": [one for series, _ in worlds for one in series],
+        "promql_expr_test": [one for _, expected in worlds for one in expected],
+    }
+    path = tmp_path / "tests.yaml"
+    path.write_text(document(test))
+    promtool("test", "rules", path)
+
+
+def test_a_deployment_without_targets_is_down_beside_one_that_is_up(tmp_path: Path) -> None:
+    """As after a restart of Prometheus while no ingress answers: it has no list of targets."""
+    labels = 'alertname="AntiphonDown", alertstate="firing", job="lost", severity="critical"'
+    up = 'up{{job="{}", pool="ingress", instance="i"}}'
+    test = {
+        "input_series": [
+            {"series": up.format("lost"), "values": "1x5 stale"},
+            {"series": up.format("well"), "values": "1x400"},
+        ],
+        "promql_expr_test": [
+            {"expr": 'ALERTS{alertstate="firing"}', "eval_time": when, "exp_samples": samples}
+            for when, samples in (
+                ("5m", []),
+                ("10m", [{"labels": f"ALERTS{{{labels}}}", "value": 1}]),
+                ("6h", [{"labels": f"ALERTS{{{labels}}}", "value": 1}]),
+                ("6h30m", []),  # removed on purpose, by then
+            )
+        ],
+    }
+    path = tmp_path / "tests.yaml"
+    path.write_text(document(test))
+    promtool("test", "rules", path)
+
+
 def test_an_alert_fires_where_nothing_is_scraped(tmp_path: Path) -> None:
     labels = '{alertname="AntiphonDown", alertstate="firing", pool="ingress", severity="critical"}'
     expected = {
@@ -99,6 +151,17 @@ def test_an_alert_fires_where_nothing_is_scraped(tmp_path: Path) -> None:
     path = tmp_path / "tests.yaml"
     path.write_text(document({"input_series": [], "promql_expr_test": [expected]}))
     promtool("test", "rules", path)
+
+
+def test_one_deployment_that_is_down_silences_no_other() -> None:
+    page = (ROOT / "docs/monitoring.md").read_text()
+    (block,) = re.findall(
+        r"^```yaml\n# alertmanager.yml.*?\n(.*?)^```", page, re.MULTILINE | re.DOTALL
+    )
+    rules = yaml.safe_load(block)["inhibit_rules"]
+    assert rules
+    for rule in rules:
+        assert rule.get("equal") == ["job"] or 'job=""' in rule["source_matchers"], rule
 
 
 def test_every_alert_has_a_name_and_a_case_of_its_own() -> None:

@@ -150,27 +150,38 @@ INGRESS = [
     ),
 ]
 
-_PREDICTED = "antiphon_router_predicted_time_to_first_token_seconds_total"
-_ACTUAL = "antiphon_router_actual_time_to_first_token_seconds_total"
+
+def predictions(predicted: str, actual: str, right: str, all_of_them: str) -> Series:
+    """Seconds, and numbers of first tokens: those that took up to twice as long, and all."""
+    remote, name = 'reason="remote"', "antiphon_router_{}time_to_first_token_{}"
+    return (
+        of_ingress(name.format("predicted_", "seconds_total"), predicted, remote)
+        | of_ingress(name.format("actual_", "seconds_total"), actual, remote)
+        | of_ingress(name.format("", "ratio_bucket"), right, f'{remote}, le="2.0"')
+        | of_ingress(name.format("", "ratio_bucket"), "0x240", f'{remote}, le="0.5"')
+        | of_ingress(name.format("", "ratio_count"), all_of_them, remote)
+    )
+
 
 ROUTER_AND_ENGINE = [
     AlertCase(
         "AntiphonTelemetryStale",
         5,
         of_ingress("antiphon_router_view_age_seconds", "0 20+60x10", 'worker="d#1"')
+        | of_worker("antiphon_requests_running", "3x10")
         | of_worker("antiphon_engine_steps_total", "0+100x10"),
-        # An idle worker has nothing to say.
+        # A worker whose engine hangs has nothing to say; it has an alert of its own.
         of_ingress("antiphon_router_view_age_seconds", "0 20+60x10", 'worker="d#1"')
+        | of_worker("antiphon_requests_running", "3x10")
         | of_worker("antiphon_engine_steps_total", "100x10"),
         {"job": "a", "instance": "i:1", "role": "ingress", "worker": "d#1"},
     ),
     AlertCase(
         "AntiphonPredictionBias",
         50,
-        of_ingress(_PREDICTED, "0+1x60", 'reason="remote"')
-        | of_ingress(_ACTUAL, "0+3x60", 'reason="remote"'),
-        of_ingress(_PREDICTED, "0+2x60", 'reason="remote"')
-        | of_ingress(_ACTUAL, "0+3x60", 'reason="remote"'),
+        predictions("0+1x60", "0+3x60", "0x60", "0+1x60"),
+        # All a little slower than predicted.
+        predictions("0+2x60", "0+3x60", "0+1x60", "0+1x60"),
         {"job": "a"},
     ),
     AlertCase(
