@@ -79,7 +79,7 @@ def every_process_is_scraped_once_and_nothing_is_counted_twice(
 
     def ask(index: int) -> int:
         prompt = f"Number {index}."
-        named = {"X-Request-Id": f"number-{index}"}
+        named = {"X-Request-Id": f"number/{index}"}
         answer = client.completions.create(
             model="mine", prompt=prompt, max_tokens=4, extra_headers=named
         )
@@ -96,7 +96,7 @@ def every_process_is_scraped_once_and_nothing_is_counted_twice(
     assert added == dict.fromkeys(names, 6) | dict.fromkeys(tokens, num_tokens)
     served_by = set()
     for index in range(6):  # whichever ingress answers, it finds what either of them served
-        found = product.get(f"/requests/number-{index}")
+        found = product.get(f"/requests/number%2F{index}")  # as it was sent
         assert (found["num_ingresses"], found["num_silent"]) == (2, 0)
         (request,) = found["requests"]
         assert request["choices"][0]["num_output_tokens"] > 0
@@ -105,6 +105,7 @@ def every_process_is_scraped_once_and_nothing_is_counted_twice(
     whole = total("antiphon_time_to_first_token_seconds_sum")
     assert total("antiphon_time_to_first_token_part_seconds_sum") == pytest.approx(whole)
     assert total("vllm:cache_config_info", model_name="mine") == 4
+    assert total("antiphon_workers_wanted", pool="colocated") == 4  # two say two
 
 
 def run_antiphon(*arguments: str) -> subprocess.CompletedProcess[str]:
