@@ -32,7 +32,7 @@ _NUM_BREAKS = 5
 _PROMPT_TOKENS = 70
 _NUM_CUTS, _NUM_REPLAYS = 6, 10
 _LOST = {"reason": "lost", "outcome": "resumed"}
-_LIFE_SECONDS = 8.0  # less than the ten minutes of the rule, more than Prometheus takes to see it
+_LIFE_SECONDS = 5.0  # less than the ten minutes of the rule, more than Prometheus takes to see it
 _HOLD_SECONDS = 90.0  # never what ends a fault
 
 
