@@ -5,8 +5,9 @@
     any alone     whatever its role, where targets ask for it
 
 What a decode worker caches counts only as reported where a pair is rated, because it asks for
-whatever is not there when the prompt arrives. Prompts that a worker computes, it computes in order:
-there the blocks of those on their way to be computed count too.
+whatever is not there when the prompt arrives. Where prompts are computed, what they share is
+computed once, even if they come together (``workers.prompt_chunks``): there the blocks of those on
+their way to be computed count too.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,7 @@
 """Gives requests their blocks and takes them back, by way of the prefix cache.
 
     reserve    blocks for all that is known of a request, cached ones first; all or nothing
+    catch_up   blocks that others have computed since, in place of its own that are yet to be
     grow       one more when the output needs it
     publish    full blocks, so that later prompts find them
     release    all of them
@@ -10,6 +11,7 @@ Nothing else changes a block table. Whom to serve, and whom to preempt, the sche
 
 from collections.abc import Iterable
 
+from antiphon.block_hash import BlockHash
 from antiphon.workers.block_pool import BlockId, BlockPool
 from antiphon.workers.request import Request
 
@@ -47,6 +49,43 @@ class BlockTables:
         request.num_published_blocks = len(cached)
         return True
 
+    def catch_up(self, request: Request) -> int:
+        """Take cached blocks in place of its own without KV, which become free.
+
+        Nothing is taken in the middle of a block: what has KV may be on its way to another worker,
+        and so stays where it is.
+
+        Returns:
+            Tokens that need no computing any more; one that samples always has some left.
+        """
+        size = self._pool.block_size
+        first, begun = divmod(request.num_computed_tokens, size)
+        found = [] if begun else self._match(request, first)
+        if found:
+            places = slice(first, first + len(found))
+            self._pool.acquire(found)
+            self._pool.release(request.block_table[places])
+            request.block_table[places] = found
+            request.num_computed_tokens += len(found) * size
+            request.num_published_blocks = places.stop
+        return len(found) * size
+
+    def next_hash(self, request: Request) -> BlockHash | None:
+        """Which block would let ``catch_up`` move a prompt on; None: none can."""
+        first, begun = divmod(request.num_computed_tokens, self._pool.block_size)
+        if begun or not self._prefix_cache or first >= self._num_findable(request):
+            return None
+        return request.block_hashes[first]
+
+    def next_hashes(self, request: Request, num_tokens: int) -> list[BlockHash]:
+        """Which blocks can be found once the next ``num_tokens`` of a prompt have KV."""
+        if not self._prefix_cache:
+            return []
+        size, start = self._pool.block_size, request.num_computed_tokens
+        num_full = (start + num_tokens) // size
+        request.extend_hashes(num_full, size)
+        return request.block_hashes[start // size : num_full]
+
     def grow(self, request: Request) -> bool:
         """Make room for every known token; False if the pool has none, and nothing was taken."""
         num_missing = self._num_blocks(request) - len(request.block_table)
@@ -80,14 +119,17 @@ class BlockTables:
             assert request.num_computed_tokens <= len(request.block_table) * self._pool.block_size
         assert self._pool.num_free == self._pool.num_blocks - len(held), "a block leaked"
 
-    def _match(self, request: Request) -> list[BlockId]:
+    def _match(self, request: Request, first: int = 0) -> list[BlockId]:
         if not self._prefix_cache:
             return []
+        num_blocks = self._num_findable(request)
+        request.extend_hashes(num_blocks, self._pool.block_size)
+        return self._pool.match(request.block_hashes[first:num_blocks])
+
+    def _num_findable(self, request: Request) -> int:
         # The last token must be computed, for its logits; a prefill-only request needs none.
         usable = request.num_tokens - (0 if request.is_prefill_only else 1)
-        num_blocks = usable // self._pool.block_size
-        request.extend_hashes(num_blocks, self._pool.block_size)
-        return self._pool.match(request.block_hashes[:num_blocks])
+        return usable // self._pool.block_size
 
     def _num_blocks(self, request: Request) -> int:
         return -(-request.num_tokens // self._pool.block_size)

@@ -155,7 +155,7 @@ class Engine:
             num_running=queues.num_running + queues.num_awaiting_kv,
             num_waiting=queues.num_waiting,
             num_free_blocks=scheduler.pool.num_free,
-            num_queued_tokens=queues.num_queued_tokens,
+            num_queued_tokens=scheduler.num_queued_tokens,
             prefill_tokens_per_second=self.stats.prefill_tokens_per_second,
             decode_step_seconds=self.stats.decode_step_seconds,
             num_streams=queues.num_streams,
@@ -240,11 +240,11 @@ class Engine:
             self._runner.settle()
         for request in reserved:
             self._listener.on_reserved(request)
-        self._report_prefilled()
+        self._report_progress()
         return batch
 
-    def _report_prefilled(self) -> None:
-        for request in self._scheduler.take_prefilled():
+    def _report_progress(self) -> None:
+        for request in self._scheduler.take_progressed():
             self._listener.on_prompt_progress(request)
 
     def _step(self, batch: Batch) -> None:
@@ -260,19 +260,13 @@ class Engine:
         timings = first_token_timings(batch, started, now)
         self._scheduler.complete(batch, token_ids, now)
         self._measure(batch, now - started, now)
-        self._report(batch, step_outputs(batch, token_ids, timings))
+        self._report_progress()
+        if outputs := step_outputs(batch, token_ids, timings):
+            self._listener.on_outputs(outputs)
 
     def _is_abandoned(self, batch: Batch) -> bool:
         aborting = self._aborting
         return bool(aborting) and all(c.request.request_id in aborting for c in batch.chunks)
-
-    def _report(self, batch: Batch, outputs: list[RequestOutput]) -> None:
-        for request in (chunk.request for chunk in batch.chunks if not chunk.samples):
-            if request.is_prefill_only and request.num_remaining_tokens:
-                self._listener.on_prompt_progress(request)
-        self._report_prefilled()
-        if outputs:
-            self._listener.on_outputs(outputs)
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         """End the requests of a failed step honestly; the others go on."""

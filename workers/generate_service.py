@@ -154,7 +154,7 @@ class GenerateService:
 
         def decide(scheduler: Scheduler) -> None:
             # On the engine thread, so that of many fallbacks at once each sees those before it.
-            num_queued = scheduler.queues.num_queued_tokens
+            num_queued = scheduler.num_queued_tokens
             num_tokens = num_queued + wanted.num_missing
             has_room = num_queued == 0 or num_tokens <= self._limits.max_fallback_tokens
             if has_room:

@@ -68,11 +68,10 @@ class RequestQueues:
         return sum(r.is_decoding for r in self.running)
 
     @property
-    def num_queued_tokens(self) -> int:
-        """Prompt tokens that are yet to be computed here; not those that a prefill worker will."""
+    def prompts(self) -> list[Request]:
+        """Whose prompts are yet to be computed here; not those that a prefill worker will."""
         waiting = (r for r in self.waiting if r.path is not PrefillPath.REMOTE)
-        queued = (*waiting, *self.running)
-        return sum(r.num_remaining_tokens for r in queued if not r.is_decoding)
+        return [r for r in (*waiting, *self.running) if not r.is_decoding]
 
     def get(self, request_id: str) -> Request | None:
         """A request that is not finished."""

@@ -4,7 +4,8 @@ One scheduler serves all roles. A decode step, a chunk of a prompt and the recom
 preemption are the same thing in different amounts: ``num_computed_tokens`` catches up with
 ``num_tokens``. Decode steps come first and always run, so running streams don't stall; prompts
 share the rest of the budget, packed without padding. A limit that depends on the number of decode
-steps may narrow what prompts get beside them.
+steps may narrow what prompts get beside them. What prompts begin with alike is computed once:
+``prompt_chunks`` lets the younger ones wait, and before the next step they find it in the cache.
 
 Blocks for a whole prompt are taken at admission; only output grows. When it cannot grow, the
 youngest generating request is preempted and later recomputed. A request whose KV comes from
@@ -14,12 +15,13 @@ Pure Python: no torch, no threads, no clock of its own. A step is ``schedule`` t
 the times that they are given go to the requests' timelines and decide nothing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from antiphon.workers.batch import Batch, Chunk
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.block_tables import BlockTables
+from antiphon.workers.prompt_chunks import PromptBudget, num_distinct_tokens, prompt_chunks
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
 from antiphon.workers.request_queues import RequestQueues
 
@@ -60,10 +62,16 @@ class Scheduler:
         self.queues = RequestQueues(config.max_waiting_requests)
         self._tables = BlockTables(pool, prefix_cache=config.prefix_cache)
         self._prompt_limit = prompt_limit
+        self._prompts: list[Request] = []  # that had tokens to compute in the last step
         self._newly_reserved: list[Request] = []
-        self._newly_prefilled: list[Request] = []
+        self._progressed: list[Request] = []
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of prompts, found in the prefix cache
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens that are yet to be computed here, those of a shared block once."""
+        return num_distinct_tokens(self.queues.prompts, self.pool.block_size)
 
     def add(self, request: Request) -> None:
         """Queue a request; raises what ``RequestQueues.add`` does."""
@@ -102,6 +110,7 @@ class Scheduler:
             request.timeline.prompt_done_at = now
         self._tables.publish(request)
         self.queues.move(request, RequestStatus.RUNNING)
+        self._prompts.append(request)
         return request
 
     def take_reserved(self) -> list[Request]:
@@ -109,19 +118,21 @@ class Scheduler:
         reserved, self._newly_reserved = self._newly_reserved, []
         return reserved
 
-    def take_prefilled(self) -> list[Request]:
-        """Prefill-only requests that became SENDING since the last call."""
-        prefilled, self._newly_prefilled = self._newly_prefilled, []
-        return prefilled
+    def take_progressed(self) -> list[Request]:
+        """Prefill-only requests that got KV, or became SENDING, since the last call."""
+        progressed, self._progressed = self._progressed, []
+        return progressed
 
     def schedule(self, now: float = 0.0) -> Batch | None:
         """Choose the next forward pass, or None when nothing can run."""
+        self._catch_up(now)
         self._grow_running()
         self._admit_waiting(now)
         running = self.queues.running
         chunks = [Chunk(r, r.num_computed_tokens, 1, True) for r in running if r.is_decoding]
-        prompts = [request for request in running if not request.is_decoding]
-        chunks += _prompt_chunks(prompts, *self._prompt_budget(len(chunks)), now)
+        self._prompts = [request for request in running if not request.is_decoding]
+        budget = self._prompt_budget(len(chunks))
+        chunks += prompt_chunks(self._prompts, budget, self._tables, now)
         return Batch(tuple(chunks)) if chunks else None
 
     def complete(self, batch: Batch, token_ids: Sequence[int], now: float) -> None:
@@ -144,10 +155,8 @@ class Scheduler:
                 request.output_token_ids.append(token_id)
                 if request.finish_reason is not None:
                     self._finish(request)
-            elif request.is_prefill_only and request.num_remaining_tokens == 0:
-                self._end_prefill(request)
-            elif request.is_decoding:
-                request.timeline.prompt_done_at = now
+            else:
+                self._move_prompt_on(request, now)
 
     def check(self) -> None:
         """Assert that every block is accounted for (for tests and idle workers)."""
@@ -155,13 +164,35 @@ class Scheduler:
         self._tables.check(self.queues)
         assert not any(request.block_table for request in self.queues.waiting)
 
-    def _prompt_budget(self, num_decoding: int) -> tuple[int, int]:
-        """Prompt tokens that a step may have, and how many more the end of a prompt may add."""
+    def _prompt_budget(self, num_decoding: int) -> PromptBudget:
         budget = self.config.max_batch_tokens - num_decoding
         limit = self._prompt_limit(num_decoding)
         if limit is None or limit >= budget:
-            return budget, 0
-        return limit, min(budget - limit, _MAX_REST_TOKENS)
+            return PromptBudget(budget)
+        return PromptBudget(limit, min(budget - limit, _MAX_REST_TOKENS))
+
+    def _catch_up(self, now: float) -> None:
+        """Spare prompts what others have computed since the last step."""
+        for request in self._prompts:
+            if request.status is not RequestStatus.RUNNING or request.is_decoding:
+                continue
+            if num_found := self._tables.catch_up(request):
+                self._count_cached(request, num_found)
+                self._move_prompt_on(request, now)
+
+    def _count_cached(self, request: Request, num_tokens: int) -> None:
+        if not request.num_preemptions:
+            request.num_cached_tokens += num_tokens
+            self.num_cached_tokens += num_tokens
+
+    def _move_prompt_on(self, request: Request, now: float) -> None:
+        """More of a prompt has KV."""
+        if request.is_prefill_only:
+            self._progressed.append(request)
+            if request.num_remaining_tokens == 0:
+                self.queues.move(request, RequestStatus.SENDING)
+        elif request.is_decoding:
+            request.timeline.prompt_done_at = now
 
     def _grow_running(self) -> None:
         """Give every running request room for its next token, preempting the youngest."""
@@ -187,23 +218,17 @@ class Scheduler:
     def _admit(self, request: Request, now: float) -> None:
         """Start a request that has its blocks."""
         request.timeline.reserved_at = request.timeline.reserved_at or now
-        if not request.num_preemptions:
-            request.num_cached_tokens = request.num_computed_tokens
-            self.num_cached_tokens += request.num_cached_tokens
+        self._count_cached(request, request.num_computed_tokens)
         is_remote = request.path is PrefillPath.REMOTE
         # One token is left for the decode step, so that much may be missing without a hand-off.
         if is_remote and request.num_remaining_tokens > 1:
             self.queues.move(request, RequestStatus.AWAITING_KV)
             self._newly_reserved.append(request)
         elif request.is_prefill_only and request.num_remaining_tokens == 0:
-            self._end_prefill(request)
+            self._move_prompt_on(request, now)
         else:
             request.path = PrefillPath.LOCAL if is_remote else request.path
             self.queues.move(request, RequestStatus.RUNNING)
-
-    def _end_prefill(self, request: Request) -> None:
-        self.queues.move(request, RequestStatus.SENDING)
-        self._newly_prefilled.append(request)
 
     def _preempt_youngest(self) -> None:
         victim = next(r for r in reversed(self.queues.running) if not r.is_prefill_only)
@@ -219,22 +244,3 @@ class Scheduler:
     def _finish(self, request: Request) -> None:
         self._tables.release(request)
         self.queues.move(request, RequestStatus.FINISHED)
-
-
-def _prompt_chunks(
-    prompts: Iterable[Request], budget: int, max_rest: int, now: float
-) -> list[Chunk]:
-    """Share a budget out, oldest first; with none left, the oldest crawls rather than starves."""
-    chunks: list[Chunk] = []
-    budget = max(budget, 1)
-    for request in prompts:
-        if budget <= 0:
-            break
-        num_tokens = min(request.num_remaining_tokens, budget)
-        if request.num_remaining_tokens - num_tokens <= max_rest:
-            num_tokens = request.num_remaining_tokens
-        samples = not request.is_prefill_only and num_tokens == request.num_remaining_tokens
-        request.timeline.prefill_began_at = request.timeline.prefill_began_at or now
-        chunks.append(Chunk(request, request.num_computed_tokens, num_tokens, samples))
-        budget -= num_tokens
-    return chunks

@@ -143,7 +143,8 @@ def test_runs_requests_to_their_end(rig: Rig) -> None:
     assert rig.heard.ended == {"a": "length", "b": "length"}
     rig.assert_idle()
     assert rig.engine.stats.num_generated_tokens == 4
-    assert rig.engine.stats.num_prompt_tokens == 12
+    assert rig.engine.stats.num_prompt_tokens == 6 + 2  # the first block of both is the same
+    assert rig.engine.stats.num_cached_tokens == 4
 
 
 def test_an_idle_engine_reports_its_free_blocks_before_any_request(rig: Rig) -> None:

@@ -22,7 +22,7 @@ SHAPES = {
     "roomy": EngineShape(),
     "chunks of 5, scattered": EngineShape(block_size=4, max_batch_tokens=5, scatter=True),
     "one token at a time": EngineShape(block_size=1, num_blocks=400, max_batch_tokens=1),
-    "preempted": EngineShape(block_size=4, num_blocks=22, max_batch_tokens=16),
+    "preempted": EngineShape(block_size=4, num_blocks=16, max_batch_tokens=16),
 }
 
 

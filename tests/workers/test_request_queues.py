@@ -61,13 +61,13 @@ def test_counts_say_what_is_queued_where() -> None:
     prefill = Request("p", [1] * 8, None)
     remote, local, decoding = request("r", 5, PrefillPath.REMOTE), request("l", 3), request("d", 6)
     queues = queues_of(prefill, remote, local, decoding)
-    assert queues.num_queued_tokens == 8 + 3 + 6  # a prefill worker will compute the others
+    assert queues.prompts == [prefill, local, decoding]  # a prefill worker computes the other one
     decoding.num_computed_tokens = 5
     queues.move(decoding, RequestStatus.RUNNING)
     queues.move(remote, RequestStatus.AWAITING_KV)
     counts = (queues.num_waiting, queues.num_awaiting_kv, queues.num_running, queues.num_decoding)
     assert counts == (2, 1, 1, 1)
-    assert queues.num_queued_tokens == 8 + 3
+    assert queues.prompts == [prefill, local]
     assert queues.num_streams == 3
 
 

@@ -1,35 +1,13 @@
 import random
 
 import pytest
+from scheduling import make, prefill, request, step
 
 from antiphon.errors import WorkerBusyError
 from antiphon.messages import SamplingParams
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
 from antiphon.workers.scheduler import Scheduler, SchedulerConfig
-
-
-def make(num_blocks: int = 16, block_size: int = 4, **config: int) -> Scheduler:
-    return Scheduler(SchedulerConfig(**config), BlockPool(num_blocks, block_size))
-
-
-def request(
-    request_id: str, num_prompt: int, max_tokens: int = 4, path: PrefillPath = PrefillPath.LOCAL
-) -> Request:
-    prompt = [ord(request_id[0])] * num_prompt
-    return Request(request_id, prompt, SamplingParams(max_tokens=max_tokens), path)
-
-
-def prefill(request_id: str, num_prompt: int) -> Request:
-    return Request(request_id, [7] * num_prompt, None)
-
-
-def step(scheduler: Scheduler) -> list[tuple[str, int]]:
-    batch = scheduler.schedule()
-    if batch is None:
-        return []
-    scheduler.complete(batch, [9] * sum(c.samples for c in batch.chunks), now=0.0)
-    return [(chunk.request.request_id, chunk.num_tokens) for chunk in batch.chunks]
 
 
 def test_decode_steps_come_first_and_prompts_share_the_rest() -> None:
@@ -162,7 +140,7 @@ def test_prefill_only_keeps_its_blocks_until_they_were_sent() -> None:
     sent = prefill("p", 8)
     scheduler.add(sent)
     assert step(scheduler) == [("p", 8)]
-    assert scheduler.take_prefilled() == [sent]
+    assert scheduler.take_progressed() == [sent]
     assert sent.status is RequestStatus.SENDING
     assert scheduler.pool.num_free == 14
     scheduler.abort("p")
@@ -170,7 +148,7 @@ def test_prefill_only_keeps_its_blocks_until_they_were_sent() -> None:
     cached = prefill("q", 8)  # all of it is cached now: there is nothing to compute
     scheduler.add(cached)
     assert step(scheduler) == []
-    assert scheduler.take_prefilled() == [cached]
+    assert scheduler.take_progressed() == [cached]
 
 
 def test_abort_with_a_reader_keeps_the_blocks() -> None:
@@ -227,7 +205,8 @@ def test_random_workloads_finish_and_leak_nothing(seed: int) -> None:
         step(scheduler)
         scheduler.check()
         awaiting += scheduler.take_reserved()
-        reading += [r.request_id for r in scheduler.take_prefilled()]
+        progressed = scheduler.take_progressed()
+        reading += [r.request_id for r in progressed if r.status is RequestStatus.SENDING]
         if awaiting and rng.random() < 0.5:
             arrived = awaiting.pop()
             have = rng.randint(arrived.num_computed_tokens, len(arrived.prompt_token_ids) - 1)
