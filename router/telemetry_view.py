@@ -142,8 +142,11 @@ class ClusterView:
         return found
 
     def expect(self, card: WorkerCard, prompt: HashedPrompt, num_tokens: int, now: float) -> None:
-        """Count the first ``num_tokens`` of a prompt on its way as cached on a worker soon."""
-        if card.incarnation in self._views:
+        """Count the first ``num_tokens`` of a prompt on its way as cached on a worker soon.
+
+        Not on one that keeps nothing for later prompts.
+        """
+        if card.caches_prefixes and card.incarnation in self._views:
             hashes = prompt.hashes.get(card.block_size, ())
             self._index_of(card.incarnation).speculate(
                 card.incarnation, hashes[: num_tokens // card.block_size], now

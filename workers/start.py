@@ -176,6 +176,7 @@ def _card(settings: WorkerSettings, loaded: Loaded, port: int, session_key: str)
         node=settings.host,
         session_key=session_key,
         start_seconds=time.monotonic() - settings.began_at,
+        caches_prefixes=settings.engine.prefix_cache,
     )
 
 

@@ -69,6 +69,7 @@ class WorkerCard(msgspec.Struct, frozen=True):
     node: str
     session_key: str = ""  # opens sessions with it
     start_seconds: float = 0.0  # that its start took; 0: not known
+    caches_prefixes: bool = True  # what it has computed is found by later prompts
 
     def public(self) -> dict[str, Any]:
         """What anybody may know of a worker: all but its key."""

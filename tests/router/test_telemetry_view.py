@@ -98,6 +98,15 @@ def test_a_snapshot_replaces_what_was_known_and_expected(cluster):
     view.check()
 
 
+def test_nothing_is_expected_of_a_worker_without_a_prefix_cache(cluster):
+    view = joined(cluster)
+    view.apply("d0", cluster.snapshot(), now=0.0)
+    prompt = view.hash_prompt(TOKENS)
+    card = replace(cluster.card("d0", Role.DECODE), caches_prefixes=False)
+    view.expect(card, prompt, 64, now=0.0)
+    assert view.match(prompt, 0.0).expected == {}
+
+
 def test_a_new_incarnation_is_a_stranger(cluster):
     view = joined(cluster, incarnation="first")
     view.apply("first", cluster.snapshot(stored=HASHES), now=0.0)
