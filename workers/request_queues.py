@@ -29,6 +29,9 @@ class RequestQueues:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._requests.values())
 
+    def __reversed__(self) -> Iterator[Request]:
+        return reversed(self._requests.values())
+
     def __len__(self) -> int:
         return len(self._requests)
 

@@ -8,14 +8,17 @@ steps may narrow what prompts get beside them. What prompts begin with alike is 
 ``prompt_chunks`` lets the younger ones wait, and before the next step they find it in the cache.
 
 Blocks for a whole prompt are taken at admission; only output grows. When it cannot grow, the
-youngest generating request is preempted and later recomputed. A request whose KV comes from
-elsewhere is admitted the same way, so its blocks are reserved before anybody computes for it.
+youngest generating request is preempted and later recomputed; a request is as old as its arrival.
+Blocks that KV is written to or sent from cannot be taken from anybody: if younger requests hold
+such, an older one that could only give up its own keeps them, and waits until those are received or
+sent. A request whose KV comes from elsewhere is admitted as others are, so its blocks are reserved
+before anybody computes for it.
 
 Pure Python: no torch, no threads, no clock of its own. A step is ``schedule`` then ``complete``;
 the times that they are given go to the requests' timelines and decide nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from antiphon.workers.batch import Batch, Chunk
@@ -126,9 +129,11 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> Batch | None:
         """Choose the next forward pass, or None when nothing can run."""
         self._catch_up(now)
-        self._grow_running()
+        stuck = self._grow_running()
         self._admit_waiting(now)
-        running = self.queues.running
+        running: Collection[Request] = self.queues.running
+        if stuck:
+            running = [request for request in running if request not in stuck]
         chunks = [Chunk(r, r.num_computed_tokens, 1, True) for r in running if r.is_decoding]
         self._prompts = [request for request in running if not request.is_decoding]
         budget = self._prompt_budget(len(chunks))
@@ -194,11 +199,38 @@ class Scheduler:
         elif request.is_decoding:
             request.timeline.prompt_done_at = now
 
-    def _grow_running(self) -> None:
-        """Give every running request room for its next token, preempting the youngest."""
+    def _grow_running(self) -> set[Request]:
+        """Give every running request room for its next token.
+
+        Returns:
+            Those that get none in this step, and keep their blocks.
+        """
+        stuck: set[Request] = set()
         for request in self.queues.running:
             while request.status is RequestStatus.RUNNING and not self._tables.grow(request):
-                self._preempt_youngest()
+                if not self._preempt_for(request):
+                    stuck.add(request)
+                    break
+        return stuck
+
+    def _preempt_for(self, request: Request) -> bool:
+        """Preempt the youngest generating request, at last the one that wants room.
+
+        Returns:
+            False if nobody was: younger ones hold blocks that they give back, or will soon be
+            preempted for. KV is on its way there, or being computed or sent for a hand-off.
+        """
+        is_youngest = True
+        for other in reversed(self.queues):
+            if other is request:
+                break
+            if other.status is RequestStatus.RUNNING and not other.is_prefill_only:
+                self._preempt(other)
+                return True
+            is_youngest = is_youngest and not other.block_table
+        if is_youngest:
+            self._preempt(request)
+        return is_youngest
 
     def _admit_waiting(self, now: float) -> None:
         queues = self.queues
@@ -209,8 +241,8 @@ class Scheduler:
             is_remote = request.path is PrefillPath.REMOTE
             if is_remote and num_awaiting >= self.config.max_awaiting_kv:
                 continue  # those that need no prefill worker do not wait for one
-            # Leave each running request a block to grow into, or it would be preempted at once.
-            if not self._tables.reserve(request, num_left_free=num_running):
+            # Leave each of these a block to grow into, or somebody would be preempted at once.
+            if not self._tables.reserve(request, num_left_free=num_running + num_awaiting):
                 return
             self._admit(request, now)
             num_running, num_awaiting = queues.num_running, queues.num_awaiting_kv
@@ -230,8 +262,7 @@ class Scheduler:
             request.path = PrefillPath.LOCAL if is_remote else request.path
             self.queues.move(request, RequestStatus.RUNNING)
 
-    def _preempt_youngest(self) -> None:
-        victim = next(r for r in reversed(self.queues.running) if not r.is_prefill_only)
+    def _preempt(self, victim: Request) -> None:
         self._tables.release(victim)
         victim.num_computed_tokens = 0
         victim.num_preemptions += 1

@@ -34,6 +34,7 @@ def test_first_come_is_first_and_who_is_put_back_goes_before() -> None:
     queues.put_back(a)
     assert (names(queues.waiting), names(queues.running)) == ("ac", "b")
     assert names(tuple(queues)) == "abc"
+    assert names(tuple(reversed(queues))) == "cba"
 
 
 def test_what_is_finished_is_gone_and_its_id_is_free() -> None:

@@ -163,19 +163,6 @@ def test_abort_with_a_reader_keeps_the_blocks() -> None:
     scheduler.check()
 
 
-def test_preemption_takes_the_youngest_and_it_finishes_later() -> None:
-    scheduler = make(num_blocks=4, block_size=2)
-    old, young = request("a", 3, max_tokens=4), request("b", 2, max_tokens=4)
-    for one in (old, young):
-        scheduler.add(one)
-    while scheduler.queues:
-        assert step(scheduler)
-        scheduler.check()
-    assert scheduler.num_preemptions > 0
-    assert old.num_preemptions == 0
-    assert young.output_token_ids == [9] * 4
-
-
 @pytest.mark.parametrize("seed", range(150))
 def test_random_workloads_finish_and_leak_nothing(seed: int) -> None:
     rng = random.Random(seed)
