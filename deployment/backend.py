@@ -10,6 +10,8 @@ from typing import Protocol
 from antiphon.deployment.journey import Journey
 from antiphon.messages import RequestOutput, SamplingParams
 
+REST_OF_CONTEXT = 2**31 - 1  # as ``max_tokens``: all that fits, which the backend knows best
+
 
 class Backend(Protocol):
     """Generates tokens somewhere."""
@@ -19,8 +21,8 @@ class Backend(Protocol):
         """The name under which clients ask for the model."""
 
     @property
-    def max_context_tokens(self) -> int:
-        """Prompt plus output of one request, tokens."""
+    def max_context_tokens(self) -> int | None:
+        """Prompt plus output of one request, tokens; None as long as that is not known."""
 
     def is_ready(self) -> tuple[bool, str]:
         """Return whether requests can be served now, and the reason in words."""
@@ -37,7 +39,7 @@ class Backend(Protocol):
         Args:
             request_id: Unique.
             prompt_token_ids: At least one.
-            sampling: How to go on from there.
+            sampling: How to go on from there; ``max_tokens`` may be ``REST_OF_CONTEXT``.
             journey: Where attempts are noted.
 
         Raises:

@@ -36,7 +36,6 @@ from antiphon.router.telemetry_view import ClusterView
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
-_UNLIMITED = 2**31
 _STOPPING = "this endpoint is being stopped"
 
 
@@ -67,14 +66,11 @@ class ClusterBackend:
         self._is_stopping = False
         self._is_cut_off = False
         self._num_open = 0
+        # Prompt plus output that every decode worker takes which Serve lists, or listed last:
+        # requests are planned while the only one is being replaced, and wait for the next.
+        self.max_context_tokens: int | None = None
         self._collector = ClusterCollector(self._view, needed_roles)
         metrics.registry.register(self._collector)
-
-    @property
-    def max_context_tokens(self) -> int:
-        """Prompt plus output that any decode worker can take."""
-        limits = [w.card.max_context_tokens for w in self._view.decode_workers]
-        return min(limits, default=_UNLIMITED)
 
     def is_ready(self) -> tuple[bool, str]:
         """Whether every pool that was configured has a worker to route to."""
@@ -104,6 +100,9 @@ class ClusterBackend:
     def set_workers(self, role: Role, cards: Mapping[str, WorkerCard]) -> None:
         """Take in the running workers of one pool; on the event loop."""
         self.sessions.set_workers(role, cards)
+        decode = [card for card in self.sessions.listed if card.role is not Role.PREFILL]
+        limits = [card.max_context_tokens for card in decode]
+        self.max_context_tokens = min(limits, default=self.max_context_tokens)
 
     def count_wanted(self, num_wanted: Callable[[], Mapping[Role, int]]) -> None:
         """Say whom metrics ask for how many workers each pool is to have."""
@@ -125,6 +124,7 @@ class ClusterBackend:
                 raise ServiceStoppingError(_STOPPING)
             while (finish_reason := replay.finish_reason) is None:
                 decision = await self._choose(replay)
+                replay.fit(self.max_context_tokens or decision.decode.max_context_tokens)
                 request = submission(request_id, replay, decision)
                 try:
                     async with aclosing(self._attempt(decision, request, journey)) as outputs:

@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable
 from functools import partial
 
-from antiphon.deployment.backend import Backend, Tokenizer
+from antiphon.deployment.backend import REST_OF_CONTEXT, Backend, Tokenizer
 from antiphon.deployment.http_generation import Choice
 from antiphon.deployment.journey import Journey
 from antiphon.deployment.openai_api import (
@@ -81,7 +81,8 @@ class Planner:
             )
 
     def _max_tokens(self, body: Body, num_prompt_tokens: int) -> int:
-        context = self.backend.max_context_tokens
+        # Not known before the first worker is: then the one that gets the request checks.
+        context = self.backend.max_context_tokens or REST_OF_CONTEXT
         if num_prompt_tokens == 0:
             raise InvalidParameterError("prompt", "has no tokens; at least one is needed")
         if num_prompt_tokens > context - 1:
@@ -90,7 +91,7 @@ class Planner:
         field, limit = body.output_limit
         if limit is None:
             is_chat = isinstance(body, ChatCompletionRequest)
-            return room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
+            return REST_OF_CONTEXT if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
         if limit > room:
             raise InvalidParameterError(
                 field,

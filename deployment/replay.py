@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from antiphon.config import RouterConfig
+from antiphon.deployment.backend import REST_OF_CONTEXT
 from antiphon.errors import (
     AntiphonError,
     CapacityError,
@@ -45,7 +46,7 @@ class Replay:
 
     Args:
         original_prompt: As the client sent it.
-        original_sampling: With a fixed seed.
+        original_sampling: With a fixed seed; ``REST_OF_CONTEXT`` is replaced by ``fit``.
         config: Its bounds.
     """
 
@@ -61,6 +62,11 @@ class Replay:
     _last_error: AntiphonError | None = None
     _paused_at: float | None = None
     _losses: list[str] = field(default_factory=list)
+    _may_fill_context: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Note whether the client left open how long the answer may get."""
+        self._may_fill_context = self.original_sampling.max_tokens == REST_OF_CONTEXT
 
     @property
     def has_begun(self) -> bool:
@@ -92,6 +98,13 @@ class Replay:
     def was_turned_away(self) -> bool:
         """Whether the last worker is stopping, and gave the request back."""
         return isinstance(self._last_error, (WorkerDrainingError, WorkerMovedError))
+
+    def fit(self, max_context_tokens: int) -> None:
+        """Let an answer without a limit fill this context; once it has begun its limit stays."""
+        if self._may_fill_context and not self.has_begun:
+            # A prompt without room is the worker's to refuse.
+            room = max(1, max_context_tokens - len(self.original_prompt))
+            self.original_sampling = replace(self.original_sampling, max_tokens=room)
 
     def excluded(self, now: float) -> set[str]:
         """Incarnations that must not be asked now."""

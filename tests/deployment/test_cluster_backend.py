@@ -12,12 +12,15 @@ from typing import Any
 import msgspec
 import pytest
 from pools import assert_idle, start, until
+from scripted_backend import CharTokenizer
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
 from antiphon.deployment import arrivals, cluster_backend
 from antiphon.deployment.cluster_backend import ClusterBackend
+from antiphon.deployment.http_planning import Planner
 from antiphon.deployment.ingress_metrics import IngressMetrics
+from antiphon.deployment.openai_api import ChatCompletionRequest
 from antiphon.deployment.worker_connection import WorkerConnection
 from antiphon.errors import NoWorkerError, ServiceStoppingError, WorkerBusyError
 from antiphon.messages import RequestOutput, Role, SamplingParams, Telemetry, WorkerCard
@@ -322,6 +325,34 @@ def test_a_request_waits_for_the_successor_of_a_worker_that_stops(is_known: bool
         assert await answer == expected
         await draining
         await assert_idle(before, successor)
+        await close(backend, before, successor)
+
+    run(scenario())
+
+
+def test_a_chat_planned_between_two_workers_fills_the_context_of_the_next() -> None:
+    """Clients of a chat seldom set a limit; it is the rest of a context that is not known yet."""
+    model = tiny_model("llama")
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+
+    async def scenario() -> None:
+        before = await start(Role.DECODE, model, num_blocks=8)
+        successor = await start(Role.DECODE, model, num_blocks=4)
+        backend = backend_for(Role.DECODE)
+        assert backend.max_context_tokens is None
+        await connected(backend, Role.DECODE, before)
+        await before.drain(0.0)
+        show(backend, Role.DECODE)
+        assert backend.max_context_tokens == before.card.max_context_tokens
+        planner = Planner(backend, CharTokenizer())
+        (choice,) = await planner.plan(ChatCompletionRequest.model_validate(body), 0.0)
+        show(backend, Role.DECODE, successor)
+        tokens = await collect(backend.generate("r", choice.prompt_token_ids, choice.sampling))
+        context = successor.card.max_context_tokens
+        assert context == backend.max_context_tokens
+        assert context < before.card.max_context_tokens
+        assert len(choice.prompt_token_ids) + len(tokens) == context
+        await assert_idle(successor)
         await close(backend, before, successor)
 
     run(scenario())

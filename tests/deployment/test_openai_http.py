@@ -9,6 +9,7 @@ import openai
 import pytest
 from scripted_backend import CharTokenizer, Gate, ScriptedBackend, says, serving
 
+from antiphon.deployment.backend import REST_OF_CONTEXT
 from antiphon.deployment.http_app import create_app
 from antiphon.errors import (
     LinkBrokenError,
@@ -129,7 +130,7 @@ def test_defaults_are_those_of_openai(backend, client):
     client.chat.completions.create(**CHAT, extra_body={"ignore_eos": True, "top_k": -1})
     text, chat, ignoring = [call.sampling for call in backend.calls]
     assert text.max_tokens == 16
-    assert chat.max_tokens == backend.max_context_tokens - len("u:hello\n>")
+    assert chat.max_tokens == REST_OF_CONTEXT
     assert (chat.temperature, chat.top_p, chat.top_k) == (1.0, 1.0, 0)
     assert len({text.seed, chat.seed, ignoring.seed}) == 3
     assert (ignoring.stop_token_ids, ignoring.top_k) == ((), 0)

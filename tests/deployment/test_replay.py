@@ -3,6 +3,7 @@
 import pytest
 
 from antiphon.config import RouterConfig
+from antiphon.deployment.backend import REST_OF_CONTEXT
 from antiphon.deployment.replay import MAX_REFUSALS, Replay, replay_reason
 from antiphon.errors import (
     AntiphonError,
@@ -57,6 +58,19 @@ def test_what_was_finished_is_not_sent_again() -> None:
     request = replay()
     request.take(output(5, 6, 7, 8, 9))
     assert request.finish_reason == "length"
+
+
+def test_an_answer_without_a_limit_fills_the_context_of_whoever_begins_it() -> None:
+    request = Replay([1, 2, 3], SamplingParams(REST_OF_CONTEXT), RouterConfig())
+    for context, max_tokens in ((8, 5), (6, 3), (2, 1), (7, 4)):
+        request.fit(context)
+        assert request.sampling.max_tokens == max_tokens
+    request.take(output(7))
+    request.fit(6)
+    assert request.sampling.max_tokens == 3, "what was begun goes on as it was begun"
+    limited = replay()
+    limited.fit(6)
+    assert limited.sampling == SAMPLING, "the client's own limit is for a worker to refuse"
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
