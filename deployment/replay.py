@@ -156,9 +156,9 @@ class Replay:
         """
         if self._may_pause(now):
             return
-        if self._last_error is None or isinstance(self._last_error, WorkerMovedError):
-            raise error  # the request did not fail: it found no place
-        raise self._last_error
+        if isinstance(self._last_error, CapacityError):
+            raise self._last_error
+        raise error  # whatever it lost, it may go on: it found no place
 
     def _count_loss(self, incarnation: str, error: WorkerLostError, now: float) -> None:
         self._excluded[incarnation] = now + LOST_SECONDS

@@ -79,8 +79,8 @@ class WorkerConnection:
                 connection._deliver(message)
 
         def on_closed() -> None:
+            on_lost()  # first: requests that fail ask who is left, and when to come again
             connection._lose_all()
-            on_lost()
 
         session.start(on_message, on_closed)
         return connection

@@ -20,7 +20,8 @@
   x ConfigError               the operator can fix it         -> refuse to start
     - UnsupportedModelError   the model family cannot be served
   x StepAbandonedError      nobody waits for the step any more -> the engine drops it
-  x WorkerLostError           the worker that owned the request died -> replayed, or HTTP 502
+  x WorkerLostError           the worker that owned the request died -> replayed; 503 if nobody is
+                              left to take it, 502 if that happened too often
     - WorkerMovedError        it is being stopped and gave the request back -> replayed, or 503
   x TelemetryGapError         a worker's telemetry skipped a message -> reconnect for a snapshot
 """

@@ -156,12 +156,12 @@ def test_draining_workers_count_as_nothing() -> None:
     ("last", "told"),
     [
         (WorkerBusyError("full"), WorkerBusyError),
-        (WorkerLostError("gone"), WorkerLostError),
-        (WorkerMovedError("stops"), NoWorkerError),  # 503: the request did not fail
+        (WorkerLostError("gone"), NoWorkerError),
+        (WorkerMovedError("stops"), NoWorkerError),
         (None, NoWorkerError),
     ],
 )
-def test_a_request_without_tokens_does_not_wait(
+def test_a_request_without_tokens_does_not_wait_and_is_told_to_come_again(
     last: AntiphonError | None, told: type[AntiphonError]
 ) -> None:
     request = replay()
@@ -192,6 +192,8 @@ def test_a_bad_request_is_the_clients_at_first_and_that_workers_later() -> None:
     request.failed("a", WorkerLostError("gone"), now=0.0)
     request.failed("b", error, now=0.0)
     assert request.excluded(0.0) == {"a", "b"}
+    with pytest.raises(NoWorkerError):
+        request.wait_or_raise(NoWorkerError("nobody else"), now=0.0)
 
 
 def test_reasons_are_few() -> None:

@@ -12,6 +12,7 @@ from pools import assert_idle, start, until
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig, RouterConfig
+from antiphon.deployment import arrivals
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.errors import NoWorkerError, ServiceStoppingError, WorkerBusyError, WorkerLostError
@@ -169,6 +170,31 @@ def test_replays_have_a_limit_and_then_the_error_is_honest() -> None:
     run(scenario())
 
 
+def test_a_request_whose_only_worker_dies_is_told_when_to_come_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anybody but the session knows of it."""
+    monkeypatch.setattr(arrivals, "ARRIVAL_SECONDS", 0.0)  # it has been here for long
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        async with Cluster(model, 1) as cluster:
+            (worker,) = cluster.workers
+            gate = threading.Event()
+            worker.engine.call(lambda _: gate.wait(20))  # no token leaves
+            stream = Stream(cluster.backend)
+            await until(lambda: worker.num_requests == 1)
+            (session,) = worker._server.sessions
+            session.cut()
+            with pytest.raises(NoWorkerError) as refused:
+                await stream.task
+            assert 4.0 < refused.value.retry_after_seconds <= 5.0, "Serve asks it every 5 s"
+            assert cluster.replays("lost", "failed") == 1
+            gate.set()
+
+    run(scenario())
+
+
 def test_a_stream_waits_for_a_worker_to_come_back() -> None:
     model = tiny_model("llama")
     expected = oracle(model, PROMPT, MAX_TOKENS)
@@ -208,7 +234,7 @@ def test_the_wait_for_another_worker_is_bounded(caplog: pytest.LogCaptureFixture
             stream = Stream(cluster.backend)
             await until(lambda: len(stream.tokens) >= 3)
             await cluster.kill(cluster.owner())
-            with pytest.raises(WorkerLostError):
+            with pytest.raises(NoWorkerError):
                 await asyncio.wait_for(stream.task, 2)
             assert cluster.replays("lost", "failed") == 1
             assert total(cluster.metrics, "antiphon_replays_total") == 1
