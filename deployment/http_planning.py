@@ -6,8 +6,6 @@ else is in the request, so a batch of prompts gives what the prompts would give 
 
 import asyncio
 import secrets
-from collections.abc import Callable
-from functools import partial
 
 from antiphon.deployment.backend import REST_OF_CONTEXT, Backend, Tokenizer
 from antiphon.deployment.http_generation import Choice
@@ -21,6 +19,7 @@ from antiphon.errors import InvalidParameterError, PromptTooLongError, UnknownMo
 from antiphon.messages import SamplingParams
 
 _LONG_TEXT = 8192  # characters; tokenising more takes milliseconds, which would stall every stream
+_PART_CHARS = 32  # what each message or prompt is work for beside its text: template, call
 _SEED_MASK = 2**63 - 1
 
 Body = ChatCompletionRequest | CompletionRequest
@@ -59,19 +58,22 @@ class Planner:
         return num_prompts * body.n
 
     async def _tokenise(self, body: Body) -> list[list[int]]:
+        # The whole body at once: hundreds of prompts may be short each.
+        if _num_chars(body) < _LONG_TEXT:
+            return self._encode(body)
+        return await asyncio.to_thread(self._encode, body)
+
+    def _encode(self, body: Body) -> list[list[int]]:
         if isinstance(body, ChatCompletionRequest):
             messages = [message.for_template() for message in body.messages]
-            num_chars = sum(len(message["content"]) for message in messages)
-            return [await _off_loop(num_chars, partial(self.tokenizer.encode_chat, messages))]
-        prompts = []
-        for prompt in body.prompt:
-            if isinstance(prompt, str):
-                encode = partial(self.tokenizer.encode, prompt)
-                prompts.append(await _off_loop(len(prompt), encode))
-            else:
-                self._check_token_ids(prompt)
-                prompts.append(prompt)
-        return prompts
+            return [self.tokenizer.encode_chat(messages)]
+        return [self._encode_prompt(prompt) for prompt in body.prompt]
+
+    def _encode_prompt(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        self._check_token_ids(prompt)
+        return prompt
 
     def _check_token_ids(self, token_ids: list[int]) -> None:
         vocab_size = self.tokenizer.vocab_size
@@ -112,5 +114,9 @@ class Planner:
         )
 
 
-async def _off_loop(num_chars: int, tokenise: Callable[[], list[int]]) -> list[int]:
-    return tokenise() if num_chars < _LONG_TEXT else await asyncio.to_thread(tokenise)
+def _num_chars(body: Body) -> int:
+    """How much work tokenising is, in characters of text; a token id counts as one."""
+    if isinstance(body, CompletionRequest):
+        return sum(len(prompt) + _PART_CHARS for prompt in body.prompt)
+    fields = [(one.content, one.name or "", one.tool_call_id or "") for one in body.messages]
+    return sum(_PART_CHARS + sum(map(len, texts)) for texts in fields)
