@@ -24,7 +24,7 @@ from antiphon.deployment.worker_sessions import WorkerSessions
 from antiphon.errors import (
     AntiphonError,
     CapacityError,
-    InvalidParameterError,
+    RequestError,
     ServiceStoppingError,
     WorkerLostError,
 )
@@ -133,7 +133,7 @@ class ClusterBackend:
                             journey.answered(output.timing)
                             yield replay.take(output)
                     return
-                except (CapacityError, WorkerLostError, InvalidParameterError) as error:
+                except (CapacityError, WorkerLostError, RequestError) as error:
                     journey.failed(replay_reason(error))
                     self._attempt_failed(request_id, replay, decision, error)
             self._settle(request_id, replay, "complete")

@@ -176,10 +176,8 @@ class CompletionResponse(Response):
         planner, body, request_id = self._planner, self._body, scope[REQUEST_ID_KEY]
         write = self._write_stream if body.stream else self._write_whole
         service = self._service
-        with (
-            service.metrics.request_in_progress(),
-            service.slots.hold(planner.count_choices(body)) as release_slots,
-        ):
+        asked = planner.count_choices(body), planner.counted_field(body)
+        with service.metrics.request_in_progress(), service.slots.hold(*asked) as release_slots:
             choices = await planner.plan(body, scope[ARRIVED_AT_KEY])
             scope[OPEN_REQUEST_KEY].planned(body, [choice.journey for choice in choices])
             texts = [self._text_stream() for _ in choices]

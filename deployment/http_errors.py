@@ -1,6 +1,6 @@
 """Every failure in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``.
 
-    RequestError, validation   400 or 404, names the parameter
+    RequestError, validation   400 or 404, names the parameter unless only a worker found it
     CapacityError              503 + Retry-After, from ``antiphon.router.retry_after``
     HandoffError, WorkerLost   502, without the workers' own words
     anything else              500, with the request id and nothing else
@@ -106,7 +106,7 @@ def _describe_request_error(error: RequestError) -> ErrorReply:
     if isinstance(error, InvalidParameterError):
         return ErrorReply(400, message, param=error.parameter)
     if isinstance(error, PromptTooLongError):
-        return ErrorReply(400, message, param="prompt", code="context_length_exceeded")
+        return ErrorReply(400, message, param=error.parameter, code="context_length_exceeded")
     if isinstance(error, UnknownModelError):
         return ErrorReply(404, message, param="model", code="model_not_found")
     if isinstance(error, UnknownRequestError):

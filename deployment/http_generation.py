@@ -43,8 +43,12 @@ class Slots:
         self._turnover = Turnover()
 
     @contextmanager
-    def hold(self, count: int) -> Iterator[Callable[[], None]]:
-        """Hold ``count`` slots; yield a function that gives them back before the end of the block.
+    def hold(self, count: int, parameter: str = "n") -> Iterator[Callable[[], None]]:
+        """Hold slots; yield a function that gives them back before the end of the block.
+
+        Args:
+            count: How many.
+            parameter: Of the request, that asks for so many.
 
         Raises:
             InvalidParameterError: More than there are at all.
@@ -52,7 +56,7 @@ class Slots:
         """
         if count > self._max_concurrent:
             raise InvalidParameterError(
-                "n",
+                parameter,
                 f"the request asks for {count} choices in all, "
                 f"this endpoint serves {self._max_concurrent} at once",
             )

@@ -57,6 +57,12 @@ class Planner:
         num_prompts = 1 if isinstance(body, ChatCompletionRequest) else len(body.prompt)
         return num_prompts * body.n
 
+    @staticmethod
+    def counted_field(body: Body) -> str:
+        """Return the field that asks for most of them."""
+        is_batch = isinstance(body, CompletionRequest) and len(body.prompt) > body.n
+        return "prompt" if is_batch else "n"
+
     async def _tokenise(self, body: Body) -> list[list[int]]:
         # The whole body at once: hundreds of prompts may be short each.
         if _num_chars(body) < _LONG_TEXT:
@@ -86,9 +92,9 @@ class Planner:
         # Not known before the first worker is: then the one that gets the request checks.
         context = self.backend.max_context_tokens or REST_OF_CONTEXT
         if num_prompt_tokens == 0:
-            raise InvalidParameterError("prompt", "has no tokens; at least one is needed")
+            raise InvalidParameterError(body.prompt_field, "has no tokens; at least one is needed")
         if num_prompt_tokens > context - 1:
-            raise PromptTooLongError(num_prompt_tokens, context)
+            raise PromptTooLongError(num_prompt_tokens, context, body.prompt_field)
         room = context - num_prompt_tokens
         field, limit = body.output_limit
         if limit is None:

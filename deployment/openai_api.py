@@ -10,7 +10,7 @@ no client is left to believe that a parameter had an effect.
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -144,6 +144,7 @@ Stop = Annotated[
 class SamplingFields(_Body):
     """The fields that both kinds of request share."""
 
+    prompt_field: ClassVar[str]  # the name of the one that holds the prompt
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -232,6 +233,7 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(SamplingFields):
     """The body of ``POST /v1/chat/completions``."""
 
+    prompt_field = "messages"
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
@@ -279,6 +281,7 @@ Prompt = Annotated[Any, BeforeValidator(_check_prompt, json_schema_input_type=st
 class CompletionRequest(SamplingFields):
     """The body of ``POST /v1/completions``."""
 
+    prompt_field = "prompt"
     prompt: Annotated[
         list[Prompt],
         BeforeValidator(

@@ -28,7 +28,7 @@ from antiphon.deployment.backend import REST_OF_CONTEXT
 from antiphon.errors import (
     AntiphonError,
     CapacityError,
-    InvalidParameterError,
+    RequestError,
     WorkerDrainingError,
     WorkerLostError,
     WorkerMovedError,
@@ -130,7 +130,7 @@ class Replay:
             AntiphonError: The same error, if it is the client's to see.
         """
         self._num_failures += 1
-        if isinstance(error, InvalidParameterError) and self._num_failures == 1:
+        if isinstance(error, RequestError) and self._num_failures == 1:
             raise error  # later, it may be that a worker with a smaller context was asked
         self._last_error = error
         self._excluded[incarnation] = math.inf

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from antiphon.errors import (
     AntiphonError,
-    InvalidParameterError,
+    RequestError,
     WorkerBusyError,
     WorkerDrainingError,
     WorkerLostError,
@@ -102,7 +102,7 @@ class WorkerConnection:
             WorkerLostError: The session ended first, the worker failed, or it gave the request
                 back; outputs that came before are yielded first.
             ServiceStoppingError: From ``fail_all``.
-            InvalidParameterError: The worker cannot take the request as it is.
+            RequestError: The worker cannot take the request as it is.
         """
         queue: asyncio.Queue[_Item] = asyncio.Queue()
         self._queues[request.request_id] = queue
@@ -115,7 +115,7 @@ class WorkerConnection:
                 output = _joined(queue, await queue.get())
                 is_finished = output.finish_reason is not None
                 yield output
-        except (WorkerLostError, WorkerBusyError, InvalidParameterError):
+        except (WorkerLostError, WorkerBusyError, RequestError):
             is_finished = True  # there is nothing left to abort
             raise
         finally:
@@ -177,6 +177,6 @@ def _refusal(message: Refused) -> AntiphonError:
         case RefusalKind.MOVED:
             return WorkerMovedError(message.reason)
         case RefusalKind.INVALID:
-            return InvalidParameterError("request", message.reason)
+            return RequestError(message.reason)
         case RefusalKind.FAILED | RefusalKind.LINK_BROKEN:
             return WorkerLostError(message.reason)

@@ -52,16 +52,19 @@ class InvalidParameterError(RequestError):
 class PromptTooLongError(RequestError):
     """Prompt plus at least one output token exceed the model's context."""
 
-    def __init__(self, num_prompt_tokens: int, max_context_tokens: int) -> None:
+    def __init__(
+        self, num_prompt_tokens: int, max_context_tokens: int, parameter: str = "prompt"
+    ) -> None:
         super().__init__(
             f"the prompt has {num_prompt_tokens} tokens, but the context of this deployment holds "
             f"{max_context_tokens} tokens and at least one of them must be left for the output"
         )
         self.num_prompt_tokens = num_prompt_tokens
         self.max_context_tokens = max_context_tokens
+        self.parameter = parameter
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.num_prompt_tokens, self.max_context_tokens)
+        return type(self), (self.num_prompt_tokens, self.max_context_tokens, self.parameter)
 
 
 class UnknownModelError(RequestError):

@@ -308,7 +308,12 @@ def test_prompt_and_max_tokens_must_fit_the_context(backend, client):
     client.completions.create(**TEXT, max_tokens=96)
     with pytest.raises(openai.BadRequestError, match="100 tokens") as caught:
         client.completions.create(model="org/tiny", prompt="x" * 100)
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError, match="100 tokens") as caught:
+        client.chat.completions.create(
+            model="org/tiny", messages=[{"role": "user", "content": "x" * 100}]
+        )
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     client.completions.create(model="org/tiny", prompt="x" * 99)
     assert backend.calls[-1].sampling.max_tokens == 1  # a default never exceeds what fits
 
@@ -393,8 +398,9 @@ def test_requests_above_the_limit_get_503_at_once(backend, http):
         gate.open()
         assert held.read().endswith(b"data: [DONE]\n\n")
     assert http.post("/v1/completions", json=streaming).status_code == 200
-    never = http.post("/v1/completions", json={**TEXT, "n": MAX_CONCURRENT + 1})
-    assert (never.status_code, error_of(never)["param"]) == (400, "n")
+    for field, value in (("n", MAX_CONCURRENT + 1), ("prompt", ["x"] * (MAX_CONCURRENT + 1))):
+        never = http.post("/v1/completions", json={**TEXT, field: value})
+        assert (never.status_code, error_of(never)["param"]) == (400, field)
 
 
 def test_unknown_routes_and_methods_are_told_in_the_same_shape(http):

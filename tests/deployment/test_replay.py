@@ -7,8 +7,8 @@ from antiphon.deployment.backend import REST_OF_CONTEXT
 from antiphon.deployment.replay import MAX_REFUSALS, Replay, replay_reason
 from antiphon.errors import (
     AntiphonError,
-    InvalidParameterError,
     NoWorkerError,
+    RequestError,
     WorkerBusyError,
     WorkerDrainingError,
     WorkerLostError,
@@ -185,8 +185,8 @@ def test_a_stream_waits_for_a_bounded_time_and_anew_after_each_token() -> None:
 
 
 def test_a_bad_request_is_the_clients_at_first_and_that_workers_later() -> None:
-    error = InvalidParameterError("request", "exceeds this worker's context")
-    with pytest.raises(InvalidParameterError):
+    error = RequestError("exceeds this worker's context")
+    with pytest.raises(RequestError):
         replay().failed("w", error, now=0.0)
     request = replay()
     request.failed("a", WorkerLostError("gone"), now=0.0)

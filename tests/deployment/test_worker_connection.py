@@ -8,8 +8,9 @@ import pytest
 from pools import assert_idle, start, until
 from tiny_models import tiny_model
 
+from antiphon.deployment.http_errors import ErrorReply, describe
 from antiphon.deployment.worker_connection import WorkerConnection
-from antiphon.errors import AntiphonError, ServiceStoppingError, WorkerLostError
+from antiphon.errors import AntiphonError, RequestError, ServiceStoppingError, WorkerLostError
 from antiphon.messages import Role, SamplingParams, Submit
 from antiphon.workers.worker import Worker
 
@@ -30,6 +31,21 @@ async def read(connection: WorkerConnection, request_id: str) -> None:
     request = Submit(request_id, [5, 6, 7], SamplingParams(400, temperature=0), ())
     async for _ in connection.generate(request):
         pass
+
+
+def test_what_only_a_worker_can_refuse_names_no_parameter_of_the_client() -> None:
+    async def scenario() -> None:
+        worker = await start(Role.COLOCATED, tiny_model("llama"), num_blocks=2)
+        connection = await WorkerConnection.open(
+            worker.card, "test", on_telemetry=lambda _: None, on_lost=lambda: None
+        )
+        with pytest.raises(RequestError, match="exceed this worker's context of 32") as caught:
+            await read(connection, "too long")
+        assert describe(caught.value, "id") == ErrorReply(400, str(caught.value))
+        await connection.close()
+        await worker.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
 @pytest.mark.parametrize(
