@@ -187,15 +187,16 @@ class ClusterBackend:
 
     def _may_get_successor(self, replay: Replay, asked_at: float, now: float) -> bool:
         """Whether a session that is being opened, or Serve's next list, may bring a worker."""
+        if now - asked_at >= ARRIVAL_SECONDS:  # however many are listed and do not come
+            return False
         if self.sessions.expect_worker(now):
             return True
         # A worker that stops says so itself, some milliseconds before Serve lists another one.
-        is_stopping = replay.was_turned_away or any(
+        return replay.was_turned_away or any(
             view.load.is_draining and view.card.role is not Role.PREFILL
             for view in self._view.views
             if self.sessions.is_listed(view.card.incarnation)
         )
-        return is_stopping and now - asked_at < ARRIVAL_SECONDS
 
     def _attempt_failed(
         self, request_id: str, replay: Replay, decision: Decision, error: AntiphonError

@@ -378,6 +378,19 @@ def test_nobody_waits_long_for_a_worker_that_was_listed_and_does_not_come(
         with pytest.raises(NoWorkerError):
             await generate(backend, 3)
         assert time.monotonic() - began_at < 0.2
+
+        async def keep_listing() -> None:  # as a pool does whose workers end as soon as they run
+            for index in range(100):
+                card = msgspec.structs.replace(gone.card, incarnation=str(index))
+                backend.set_workers(Role.DECODE, {card.replica_id: card})
+                await asyncio.sleep(0.05)
+
+        listing = asyncio.create_task(keep_listing())
+        await until(lambda: backend.sessions.expect_worker(time.monotonic()))
+        with pytest.raises(NoWorkerError):
+            await generate(backend, 3)
+        assert not listing.done()
+        listing.cancel()
         await close(backend)
 
     run(scenario())
