@@ -26,6 +26,7 @@ from antiphon.errors import (
     CapacityError,
     HandoffError,
     InvalidParameterError,
+    NoWorkerError,
     PromptTooLongError,
     RequestError,
     UnknownModelError,
@@ -77,11 +78,12 @@ def describe(error: Exception, request_id: str) -> ErrorReply:
     if isinstance(error, RequestError):
         return _describe_request_error(error)
     if isinstance(error, CapacityError):
+        is_nobody_left = isinstance(error, NoWorkerError)
         return ErrorReply(
             status=503,
-            message=f"overloaded, retry later: {error}",
+            message=f"{'no worker' if is_nobody_left else 'overloaded'}, retry later: {error}",
             type="server_error",
-            code="overloaded",
+            code="no_worker" if is_nobody_left else "overloaded",
             retry_after_seconds=error.retry_after_seconds,
         )
     if isinstance(error, (HandoffError, WorkerLostError)):

@@ -30,9 +30,9 @@ from antiphon.deployment.local_machine import (
     OBJECT_STORE_BYTES,
     check_room,
     local_cpus,
+    report_cpus,
     usable_gpus,
     with_gpus,
-    without_gpus,
 )
 from antiphon.deployment.start_progress import wait_until_running
 from antiphon.errors import ConfigError
@@ -54,12 +54,12 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
     started_at = time.monotonic()
     _check_port(config, address)
     _check_api_keys(config, address)
-    _resolve_model(config)
     stop, hurry = threading.Event(), threading.Event()
     with _ray(config, address):
+        config = _placed(config, address)  # before a model is fetched in vain
+        _resolve_model(config)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: (hurry if stop.is_set() else stop).set())
-        config = _placed(config, address)
         _deploy(config, address, stop)
         if not stop.is_set() and _wait_until_ready(config, stop):
             _print_ready(config, time.monotonic() - started_at)
@@ -145,8 +145,8 @@ def _placed(config: AntiphonConfig, address: str | None) -> AntiphonConfig:
     if address is None:
         config = with_gpus(config, usable_gpus(offered, report), report)
         check_room(config, offered)
-    elif without_gpus(config, num_gpus := int(offered.get("GPU", 0))):
-        report(f"no GPU is used: the cluster has {num_gpus}, and no pool has num_gpus")
+    elif offered.get("GPU"):
+        report_cpus(config, report)
     return config
 
 
@@ -188,7 +188,7 @@ def _deploy(config: AntiphonConfig, address: str | None, stop: threading.Event) 
     application = app(AppArguments.model_validate(config.model_dump()))
     target = serve.RunTarget(application, name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
-    wait_until_running(APP_NAME, stop)
+    wait_until_running(APP_NAME, stop, is_patient=address is not None)
 
 
 def _wait_until_ready(config: AntiphonConfig, stop: threading.Event) -> bool:

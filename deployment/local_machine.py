@@ -56,7 +56,7 @@ def with_gpus(
     """Give each worker of ``without_gpus`` one of this machine's GPUs, if there are enough.
 
     Args:
-        report: Called with a line on which it is, if there are such workers.
+        report: Called with lines on which it is, where there are GPUs.
     """
     roles = without_gpus(config, num_gpus)
     num_workers = sum(config.pools[role].replicas for role in roles)
@@ -69,7 +69,19 @@ def with_gpus(
     if roles:
         report(f"one GPU for each of {num_workers} workers, of {num_gpus} here")
     given = {role: config.pools[role].model_copy(update={"num_gpus": 1.0}) for role in roles}
-    return config.model_copy(update=given)
+    config = config.model_copy(update=given)
+    if num_gpus:
+        report_cpus(config, report)
+    return config
+
+
+def report_cpus(config: AntiphonConfig, report: Callable[[str], None]) -> None:
+    """Say whose workers could use GPUs and reserve none."""
+    idle = [
+        r for r, pool in config.pools.items() if not pool.num_gpus and pool.engine.device == "auto"
+    ]
+    if idle:
+        report(f"on CPUs, though there are GPUs, because num_gpus reserves none: {', '.join(idle)}")
 
 
 def check_room(config: AntiphonConfig, offered: Mapping[str, float]) -> None:

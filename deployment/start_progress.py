@@ -11,16 +11,21 @@ import typer
 from antiphon.errors import ConfigError
 
 _POLL_SECONDS = 0.25
-# Of Serve's message. It tries twice more for each worker, for whom a lost node is not the end; to
-# who waits before a terminal it is the model or its settings, which fail in the same way again.
+# Of Serve's message. It tries again, since a node may have been lost. On this machine it is the
+# model or its settings, which fail in the same way again.
 _FAILED_ONCE = "failed to start with exception"
 
 
-def wait_until_running(application: str, stop: threading.Event) -> None:
+def wait_until_running(application: str, stop: threading.Event, *, is_patient: bool) -> None:
     """Return when the application runs, or once ``stop`` is set.
 
+    Args:
+        application: Its name.
+        stop: Looked at a few times a second.
+        is_patient: Leave it to Serve whether a worker that failed is tried again.
+
     Raises:
-        ConfigError: A worker failed to start; in Serve's words.
+        ConfigError: A worker failed to start, or Serve gave up; in Serve's words.
     """
     from ray import serve
 
@@ -36,7 +41,8 @@ def wait_until_running(application: str, stop: threading.Event) -> None:
             return
         messages = {n: d.message for n, d in status.deployments.items() if d.message}
         is_over = status.status.value in ("DEPLOY_FAILED", "UNHEALTHY")
-        if is_over or any(_FAILED_ONCE in message for message in messages.values()):
+        has_failed = any(_FAILED_ONCE in message for message in messages.values())
+        if is_over or (has_failed and not is_patient):
             words = "\n".join(messages.values()) or status.message
             raise ConfigError(f"the application did not start:\n{words}")
         for name, message in messages.items():

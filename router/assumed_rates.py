@@ -7,7 +7,8 @@
 A rate is measured by working. Without this, who has not worked yet counts as slow as the default,
 and who was slow once, in a first step or while the machine did something else, as slow as it was
 then: neither is given work while its peers are better, so neither is ever measured. A worker that
-really is slower than its peers is found out again at each trial, once in ``_OLD_SECONDS``.
+really is slower than its peers is found out again at each trial, once in ``_OLD_SECONDS``; of
+prompts beside many streams a trial has to be long enough to be a measurement (``engine_stats``).
 
 Each kind of work speaks for itself: streams measure steps, and nothing of how fast prompts are.
 What makes up a step (its base, each stream's part, a full one) is learned from the same steps, and

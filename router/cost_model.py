@@ -68,6 +68,10 @@ class CostModel:
         weight = self.parameters.stall_weight * load.num_running
         return weight * self.prefill_seconds(load, 0, num_tokens)
 
-    def room_seconds(self, num_free_blocks: int, num_needed_blocks: int) -> float:
-        """Charge for a worker that has to free blocks before it can take the prompt."""
-        return self.parameters.full_seconds if num_needed_blocks > num_free_blocks else 0.0
+    def room_seconds(self, load: Load, num_unseen_blocks: int, num_needed_blocks: int) -> float:
+        """Charge for a worker that has to free blocks before it can take the prompt.
+
+        It keeps a block free for each request that it has, to grow into.
+        """
+        num_free = load.num_free_blocks - load.num_running - num_unseen_blocks
+        return self.parameters.full_seconds if num_needed_blocks > num_free else 0.0

@@ -2,7 +2,7 @@
 
     pair (P, D)   D is a decode worker, lacks some of the prompt, and there is a P
     D alone       D is colocated; or there is no P; or D lacks few tokens
-    any alone     whatever its role, where targets ask for it
+    any alone     where targets ask for it; a prefill worker only under one between tokens
 
 What a decode worker caches counts only as reported where a pair is rated, because it asks for
 whatever is not there when the prompt arrives. Where prompts are computed, what they share is
@@ -94,8 +94,8 @@ class Rating:
     ) -> RatedTuple:
         card, load, ledger = worker.card, worker.believed, self._ledger_of(worker)
         num_streams = _num_requests(load, ledger)
-        num_free = load.num_free_blocks - ledger.num_unseen_blocks
-        room = self._model.room_seconds(num_free, num_blocks(prompt, card, num_cached))
+        num_needed = num_blocks(prompt, card, num_cached)
+        room = self._model.room_seconds(load, ledger.num_unseen_blocks, num_needed)
         num_missing = prompt.num_tokens - 1 - num_cached
         handoff = self._model.handoff_seconds(num_missing, card.wire_bytes_per_token)
         seconds = prefill.seconds + handoff + self._model.wait_seconds(load, num_streams)
@@ -107,9 +107,9 @@ class Rating:
         """Rate computing a prompt where it is decoded, whatever the worker's role."""
         card, load, ledger = worker.card, worker.believed, self._ledger_of(worker)
         num_streams = _num_requests(load, ledger)
-        num_free = load.num_free_blocks - ledger.num_unseen_blocks
         num_cached = _num_cached_tokens(cached.confirmed, card, prompt.num_tokens - 1)
-        room = self._model.room_seconds(num_free, num_blocks(prompt, card, num_cached))
+        num_needed = num_blocks(prompt, card, num_cached)
+        room = self._model.room_seconds(load, ledger.num_unseen_blocks, num_needed)
         num_cached = _num_cached_tokens(cached.expected, card, prompt.num_tokens - 1)
         num_tokens = prompt.num_tokens - 1 - num_cached
         num_queued = load.num_queued_tokens + ledger.num_unseen_prefill_tokens

@@ -122,7 +122,7 @@ class RetryAfter:
         computes_itself = card.role is Role.COLOCATED or prefill_queue is None
         queue = self._queue_seconds(worker) if computes_itself else prefill_queue
         num_needed = -(-(num_prompt_tokens + 1) // card.block_size)
-        room = self._model.room_seconds(load.num_free_blocks, num_needed)
+        room = self._model.room_seconds(load, 0, num_needed)
         return max(queue or 0.0, self._model.wait_seconds(load, load.num_running) + room)
 
     def _queue_seconds(self, worker: WorkerView) -> float:

@@ -76,7 +76,7 @@ class WorkerWatch:
 
     @property
     def num_wanted(self) -> int | None:
-        """How many replicas Serve is to run; None before it has said so, and after ``close``.
+        """How many replicas Serve is to run; None where it has said no number, and after ``close``.
 
         Serve sends every handle the configuration of its deployment, at first and at each change,
         and keeps it for itself: the way there is that of the one version that is required.
@@ -85,7 +85,8 @@ class WorkerWatch:
             return None
         router: Any = self._handle._router
         config = router._asyncio_router._metrics_manager._deployment_config
-        return None if config is None else int(config.num_replicas)
+        # A file deployed by hand may leave the number to Serve.
+        return None if config is None else config.num_replicas
 
     def close(self) -> None:
         """Stop; after this the listener is not called again."""

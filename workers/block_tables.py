@@ -1,7 +1,8 @@
 """Gives requests their blocks and takes them back, by way of the prefix cache.
 
     reserve    blocks for all that is known of a request, cached ones first; all or nothing
-    catch_up   blocks that others have computed since, in place of its own that are yet to be
+    hash       a prompt's blocks, by which it is found what prompts have in common
+    catch_up   blocks that others have computed since, in place of its own without KV
     grow       one more when the output needs it
     publish    full blocks, so that later prompts find them
     release    all of them
@@ -48,6 +49,11 @@ class BlockTables:
         request.num_computed_tokens = len(cached) * pool.block_size
         request.num_published_blocks = len(cached)
         return True
+
+    def hash(self, request: Request) -> None:
+        """Hash the blocks of a prompt that can be found or shared."""
+        if self._prefix_cache:
+            request.extend_hashes(self._num_findable(request), self._pool.block_size)
 
     def catch_up(self, request: Request) -> int:
         """Take cached blocks in place of its own without KV, which become free.
@@ -122,9 +128,8 @@ class BlockTables:
     def _match(self, request: Request, first: int = 0) -> list[BlockId]:
         if not self._prefix_cache:
             return []
-        num_blocks = self._num_findable(request)
-        request.extend_hashes(num_blocks, self._pool.block_size)
-        return self._pool.match(request.block_hashes[first:num_blocks])
+        self.hash(request)
+        return self._pool.match(request.block_hashes[first : self._num_findable(request)])
 
     def _num_findable(self, request: Request) -> int:
         # The last token must be computed, for its logits; a prefill-only request needs none.

@@ -32,7 +32,8 @@ def cuda_graph_capture() -> Capture:
     """Capture steps on the current device into one pool of memory.
 
     They may share it because they run one at a time, and what a replay returns is used up before
-    the next one. A pool for each would hold activations and logits as often as there are graphs.
+    the next one. A pool for each would hold activations as often as there are graphs. Logits are
+    held for each all the same: what a replay returns is where its graph writes.
     """
     pool = torch.cuda.graph_pool_handle()
     return lambda step: _capture(step, pool)

@@ -50,8 +50,10 @@ def num_kv_blocks(
 
 def _derived_bytes(device: torch.device, gpu_share: float) -> int:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _GPU_SHARE * gpu_share)
+        free, total = torch.cuda.mem_get_info(device)
+        # Of a part what this worker has not used yet, whether others have taken theirs or not.
+        own = total * gpu_share - torch.cuda.memory_reserved(device)
+        return int(max(min(free, own), 0) * _GPU_SHARE)
     return int(min(_available_bytes() * _CPU_SHARE, _CPU_MAX_BYTES))
 
 

@@ -107,8 +107,8 @@ def config_folder(source: str, progress: Callable[[str], None] = logger.info) ->
 
 def with_name(source: str) -> str:
     """Return a source as it was typed, but for one such as ``.``: the path that has its name."""
-    path = Path(source).expanduser()
-    return str(path.resolve()) if source and path.name in ("", "..") else source
+    has_name = not source or source.rstrip("/").rpartition("/")[2] not in ("", ".", "..")
+    return source if has_name else str(Path(source).expanduser().resolve())
 
 
 def fingerprint(folder: Path) -> str:

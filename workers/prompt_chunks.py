@@ -51,17 +51,32 @@ def prompt_chunks(
 def num_distinct_tokens(prompts: Iterable[Request], block_size: int) -> int:
     """Count the tokens to be computed for prompts; a block that several of them lack counts once.
 
-    In a chain of hashes the shared ones come first, so a binary search finds how many there are. A
-    prompt that has waited so far has no hashes yet, and counts in full.
+    Only prompts that begin alike are looked into: this is asked for in every step. One that stands
+    in the middle of a block shares nothing until a chunk of it ends where a block does.
     """
-    coming: set[BlockHash] = set()
+    total = 0
+    alike: dict[BlockHash, list[Request]] = {}
+    for request in prompts:
+        total += request.num_remaining_tokens
+        if request.block_hashes:
+            alike.setdefault(request.block_hashes[0], []).append(request)
+    num_shared = sum(_num_shared(g, block_size) for g in alike.values() if len(g) > 1)
+    return total - num_shared * block_size
+
+
+def _num_shared(prompts: Iterable[Request], block_size: int) -> int:
+    """Blocks that a prompt lacks and one before it has or lacks, too.
+
+    In a chain of hashes the shared ones come first, so a binary search finds how many there are.
+    """
+    known: set[BlockHash] = set()
     total = 0
     for request in prompts:
         first, begun = divmod(request.num_computed_tokens, block_size)
-        hashes = request.block_hashes[first:]
-        num_shared = 0
-        if not begun and hashes and hashes[0] in coming:
-            num_shared = bisect_left(hashes, True, key=lambda h: h not in coming)
-        coming.update(hashes[num_shared:])
-        total += request.num_remaining_tokens - num_shared * block_size
+        hashes = request.block_hashes
+        if not begun:
+            start = min(first, len(hashes))
+            found = bisect_left(hashes, True, lo=start, key=lambda h: h not in known)
+            total += found - start
+        known.update(hashes)
     return total

@@ -49,7 +49,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0  # tokens whose KV is in the cache
-    num_cached_tokens: int = 0  # of those, found in the prefix cache at first admission
+    num_cached_tokens: int = 0  # of those, found in the prefix cache before a preemption
     block_table: list[BlockId] = field(default_factory=list)
     num_published_blocks: int = 0
     block_hashes: list[BlockHash] = field(default_factory=list)

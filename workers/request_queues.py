@@ -72,9 +72,9 @@ class RequestQueues:
 
     @property
     def prompts(self) -> list[Request]:
-        """Whose prompts are yet to be computed here; not those that a prefill worker will."""
+        """Whose prompts are yet to be computed here, begun ones first; none that others will."""
         waiting = (r for r in self.waiting if r.path is not PrefillPath.REMOTE)
-        return [r for r in (*waiting, *self.running) if not r.is_decoding]
+        return [r for r in (*self.running, *waiting) if not r.is_decoding]
 
     def get(self, request_id: str) -> Request | None:
         """A request that is not finished."""

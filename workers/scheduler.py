@@ -45,7 +45,7 @@ class SchedulerConfig:
 
 
 class Scheduler:
-    """First come, first served; the oldest request always makes progress.
+    """First come, first served; the oldest request waits for nothing but hand-offs.
 
     Args:
         config: Bounds.
@@ -79,6 +79,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request; raises what ``RequestQueues.add`` does."""
         self.queues.add(request)
+        self._tables.hash(request)  # so that prompts with one prefix count once while they wait
 
     def abort(self, request_id: str, *, keep_blocks: bool = False) -> Request | None:
         """Stop a request and free its blocks; None if it is unknown or finished.

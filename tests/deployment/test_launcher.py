@@ -55,7 +55,7 @@ def test_gpus_of_this_machine_are_given_and_those_of_a_cluster_only_mentioned(
     }  # fmt: skip
     capsys.readouterr()
     assert _placed(parse_config({}), "auto") == parse_config({})
-    assert "the cluster has 2, and no pool has num_gpus" in capsys.readouterr().out
+    assert "on CPUs, though there are GPUs" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no place for 1 of 3"):
         _placed(parse_config({"decode": {"replicas": 3, "num_gpus": 1}}), None)
 

@@ -41,18 +41,22 @@ def test_gpus_that_torch_cannot_use_are_not_given(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("document", "num_gpus", "given"),
+    ("document", "num_gpus", "given", "on_cpus"),
     [
-        ({}, 0, {"prefill": 0, "decode": 0}),
-        ({"decode": {"num_gpus": 0.5}}, 8, {"prefill": 0, "decode": 0.5}),
-        ({"prefill": {"num_gpus": 0}, "decode": {"num_gpus": 0}}, 8, {"prefill": 0, "decode": 0}),
-        ({"prefill": CPU_ONLY, "decode": CPU_ONLY}, 8, {"prefill": 0, "decode": 0}),
+        ({}, 0, {"prefill": 0, "decode": 0}, ""),
+        ({"decode": {"num_gpus": 0.5}}, 8, {"prefill": 0, "decode": 0.5}, "prefill"),
+        (
+            {"prefill": {"num_gpus": 0}, "decode": {"num_gpus": 0}}, 8,
+            {"prefill": 0, "decode": 0}, "prefill, decode",
+        ),
+        ({"prefill": CPU_ONLY, "decode": CPU_ONLY}, 8, {"prefill": 0, "decode": 0}, ""),
     ],
-)
-def test_what_was_decided_stays(
-    document: dict[str, Any], num_gpus: int, given: dict[str, float]
+)  # fmt: skip
+def test_what_was_decided_stays_and_gpus_without_work_are_named(
+    document: dict[str, Any], num_gpus: int, given: dict[str, float], on_cpus: str
 ) -> None:
-    assert gpus(document, num_gpus) == (given, [])
+    words = "on CPUs, though there are GPUs, because num_gpus reserves none: "
+    assert gpus(document, num_gpus) == (given, [words + on_cpus] if on_cpus else [])
 
 
 def test_a_pool_that_is_to_have_none_leaves_them_to_others() -> None:

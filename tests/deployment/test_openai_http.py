@@ -331,7 +331,7 @@ def test_a_prompt_needs_tokens_of_the_vocabulary(client):
     [
         (OutOfBlocksError(9, 1), 503, "overloaded"),
         (WorkerBusyError("12 requests wait"), 503, "overloaded"),
-        (NoWorkerError("no decode worker"), 503, "overloaded"),
+        (NoWorkerError("no decode worker"), 503, "no_worker"),
         (LinkBrokenError("10.1.2.3 is gone"), 502, "worker_failed"),
         (WorkerLostError("10.1.2.3 is gone"), 502, "worker_failed"),
         (PromptTooLongError(9, 8), 400, "context_length_exceeded"),

@@ -45,11 +45,13 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start_progress, "_POLL_SECONDS", 0.001)
 
 
-def follow(monkeypatch: pytest.MonkeyPatch, *answers: ServeStatus) -> None:
+def follow(
+    monkeypatch: pytest.MonkeyPatch, *answers: ServeStatus, is_patient: bool = False
+) -> None:
     """Wait while Serve gives these answers, one after another."""
     coming: Iterator[ServeStatus] = iter(answers)
     monkeypatch.setattr(serve, "status", lambda: next(coming))
-    wait_until_running("antiphon", threading.Event())
+    wait_until_running("antiphon", threading.Event(), is_patient=is_patient)
 
 
 def test_what_a_start_waits_for_is_said_once(
@@ -66,6 +68,16 @@ def test_the_first_worker_that_fails_ends_the_start(monkeypatch: pytest.MonkeyPa
         follow(monkeypatch, status(DEPLOYING, words))
 
 
+def test_on_a_cluster_serve_decides_whether_a_worker_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "A replica failed to start with exception. Retrying 19 more time(s). Error:\na node"
+    follow(monkeypatch, status(DEPLOYING, words), status(RUNNING, ""), is_patient=True)
+    assert words in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"did not start:\nA replica failed"):
+        follow(monkeypatch, status(ApplicationStatus.DEPLOY_FAILED, words), is_patient=True)
+
+
 def test_a_start_that_serve_gives_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="did not start:\nits health check failed"):
         follow(monkeypatch, status(ApplicationStatus.UNHEALTHY, "its health check failed"))
@@ -75,4 +87,4 @@ def test_a_start_that_is_stopped_asks_no_more(monkeypatch: pytest.MonkeyPatch) -
     stop = threading.Event()
     stop.set()
     monkeypatch.setattr(serve, "status", lambda: pytest.fail("asked"))
-    wait_until_running("antiphon", stop)
+    wait_until_running("antiphon", stop, is_patient=False)

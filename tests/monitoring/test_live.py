@@ -99,7 +99,7 @@ async def scenario(folder: Path) -> None:
             await every_process_is_a_target_once(server, system)
             watch = Watch(server)
             system.spawn(watch.run())
-            await faults.disturb(system, session)
+            await faults.disturb(system, session, server)
             await watch.wait_for(SLOW)
             faults.obstruct(system, session)
             names = {rule["alert"] for rule in alerts()}

@@ -43,6 +43,8 @@ def test_a_prompt_is_charged_for_the_streams_that_it_stalls(cluster, model):
     assert model.stall_seconds(replace(cluster.idle, num_running=4), 1000) == 2.0
 
 
-def test_room_is_charged_when_blocks_are_short(model):
-    assert model.room_seconds(10, 10) == 0.0
-    assert model.room_seconds(10, 11) == 7.0
+def test_room_is_charged_when_blocks_are_short(cluster, model):
+    """Blocks that a worker keeps for its requests, or that were sent for, are no room."""
+    load = replace(cluster.idle, num_free_blocks=15, num_running=3)
+    assert model.room_seconds(load, 2, 10) == 0.0
+    assert model.room_seconds(load, 2, 11) == 7.0

@@ -9,6 +9,7 @@ import random
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from fault_cells import Step
 from faulty_transport import FaultyLink, Message, Send
 from monitored_system import MAX_CHOICES, MonitoredSystem, client, monitored_system, post
 from pools import Client, peer_of, until
+from processes import free_port
+from prometheus_server import Prometheus
 from tiny_models import VOCAB_SIZE
 
 from antiphon.deployment.api_keys import ApiKeys
-from antiphon.messages import Role
+from antiphon.messages import PrefillPeer, Role
 from antiphon.workers.batch import Batch
 
 _SLOW_SEND_SECONDS = 0.2
@@ -32,7 +35,7 @@ _NUM_BREAKS = 5
 _PROMPT_TOKENS = 70
 _NUM_CUTS, _NUM_REPLAYS = 6, 10
 _LOST = {"reason": "lost", "outcome": "resumed"}
-_LIFE_SECONDS = 5.0  # less than the ten minutes of the rule, more than Prometheus takes to see it
+_LOOK_SECONDS = 1.2  # the rule looks at one moment in each minute
 _HOLD_SECONDS = 90.0  # never what ends a fault
 
 
@@ -81,18 +84,21 @@ class Faults:
 
     # On the event loop.
 
-    async def disturb(self, system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
+    async def disturb(
+        self, system: MonitoredSystem, session: aiohttp.ClientSession, server: Prometheus
+    ) -> None:
         """Make the faults that leave every hand-off possible; the last of them makes it slow."""
         for ingress in system.ingresses:
             ingress.wanted[Role.COLOCATED] += 1  # and none comes
         system.spawn(_ask_for_hand_offs(system))
+        system.spawn(_ask_who_is_gone(system))
         system.spawn(_overload(system))  # or it would take all requests, since it needs no hand-off
         await _break_links(system)  # while they are mostly idle, and breaking shuns nobody
         await self._damage_messages()
         await _cut_sessions(system, session)
         system.spawn(_spoil_the_key_file(system))
         self._is_sending_slowly = True
-        await _short_lives(system)
+        await _short_lives(system, server)
 
     def obstruct(self, system: MonitoredSystem, session: aiohttp.ClientSession) -> None:
         """Make those that hand-offs fail of, or that leave an ingress no room for any."""
@@ -191,9 +197,25 @@ async def _ask_for_hand_offs(system: MonitoredSystem) -> None:
     asking = await Client.connect(system.decode[1])
     rng = random.Random(1)
     while True:
-        prompt = rng.choices(range(3, VOCAB_SIZE), k=_PROMPT_TOKENS)
-        await asking.finish(asking.submit(prompt, 2, peer_of(system.prefill[0])))
+        await asking.finish(asking.submit(_prompt(rng), 2, peer_of(system.prefill[0])))
         await asyncio.sleep(0.05)
+
+
+async def _ask_who_is_gone(system: MonitoredSystem) -> None:
+    """Name prefill workers to the first decode worker that have just ended.
+
+    Each is a stranger, so none is shunned; and the decode worker computes the prompt itself.
+    """
+    asking = await Client.connect(system.decode[0])
+    rng = random.Random(2)
+    while True:
+        gone = PrefillPeer(f"ws://127.0.0.1:{free_port()}/session", uuid.uuid4().hex)
+        await asking.finish(asking.submit(_prompt(rng), 2, gone))
+        await asyncio.sleep(0.05)
+
+
+def _prompt(rng: random.Random) -> list[int]:
+    return rng.choices(range(3, VOCAB_SIZE), k=_PROMPT_TOKENS)
 
 
 def _fail_a_step(system: MonitoredSystem) -> None:
@@ -206,12 +228,16 @@ def _fail_a_step(system: MonitoredSystem) -> None:
     watch(system.decode[0], on_step)
 
 
-async def _short_lives(system: MonitoredSystem) -> None:
+async def _short_lives(system: MonitoredSystem, server: Prometheus) -> None:
     """Workers that only the first ingress is told of, and of which all but one soon end."""
     hidden, *others = [await system.start_worker(Role.DECODE) for _ in range(4)]
     system.others.append(hidden)
     system.list_decode(hidden, *others)
-    await asyncio.sleep(_LIFE_SECONDS)
+    names = "|".join(worker.card.incarnation for worker in others)
+    async with asyncio.timeout(_HOLD_SECONDS):
+        while len(await server.query(f'antiphon_worker_info{{incarnation=~"{names}"}}')) < 3:
+            await asyncio.sleep(0.1)
+    await asyncio.sleep(_LOOK_SECONDS)
     system.list_decode(hidden)
     for worker in others:
         await worker.close()

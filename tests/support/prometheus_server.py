@@ -14,7 +14,7 @@ from prometheus_binaries import ROOT, binary
 
 PACE = 60  # a minute of the rules is a second here
 AGE_PACE = 15  # for limits of age, which are seconds already, and below which a busy machine may be
-SCRAPE_INTERVAL = "200ms"
+SCRAPE_INTERVAL = "300ms"  # as long as an answer may take, of a process that does much else
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _WAIT_SECONDS = 30.0
 Sample = dict[str, Any]

@@ -47,12 +47,18 @@ def test_a_gpu_that_was_not_reserved_or_cannot_be_used_is_no_matter_of_silence(
 def test_workers_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = KVLayout((LayerLayout(2, 64, 64),), torch.bfloat16, torch.bfloat16)
     block_bytes = 16 * layout.num_bytes_per_token
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1001 * block_bytes, 0))
-    blocks = [
-        num_kv_blocks(layout, EngineConfig(), torch.device("cuda"), 1024, share)
-        for share in (1.0, 0.5)
-    ]
-    assert blocks == [850, 425]
+    free, weights = 0, 100 * block_bytes
+
+    def num_blocks(share: float) -> int:
+        return num_kv_blocks(layout, EngineConfig(), torch.device("cuda"), 1024, share)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1001 * block_bytes))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: weights)
+    free = 901 * block_bytes
+    assert num_blocks(1.0) == 765
+    assert num_blocks(0.5) == 340
+    free -= weights + 340 * block_bytes  # the other half is taken
+    assert num_blocks(0.5) == 340
 
 
 @pytest.mark.parametrize(

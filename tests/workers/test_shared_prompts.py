@@ -65,6 +65,15 @@ def test_a_prompt_that_is_found_but_for_one_token_is_done_when_it_is_found() -> 
     assert (timeline.prefill_began_at, timeline.prompt_done_at) == (0.0, 5.0)
 
 
+def test_what_waiting_prompts_share_counts_once_in_the_queue() -> None:
+    scheduler = make(num_blocks=64, block_size=4, max_batch_tokens=8, max_num_requests=2)
+    for one in [*(prefill(name, 32) for name in "pqrs"), request("b", 12)]:
+        scheduler.add(one)
+    assert scheduler.num_queued_tokens == 32 + 12
+    step(scheduler)
+    assert scheduler.num_queued_tokens == 24 + 12
+
+
 def test_who_waits_for_a_block_leaves_the_budget_to_others() -> None:
     scheduler = make(num_blocks=64, block_size=4, max_batch_tokens=20)
     for one in (prefill("p", 12), prefill("q", 16), request("b", 6, max_tokens=1)):
