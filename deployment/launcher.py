@@ -54,9 +54,10 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
     started_at = time.monotonic()
     _check_port(config, address)
     _check_api_keys(config, address)
+    _check_model(config)
     stop, hurry = threading.Event(), threading.Event()
     with _ray(config, address):
-        config = _placed(config, address)  # before a model is fetched in vain
+        config = _placed(config, address)  # before weights are fetched in vain
         _resolve_model(config)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: (hurry if stop.is_set() else stop).set())
@@ -91,13 +92,23 @@ def _check_api_keys(config: AntiphonConfig, address: str | None) -> None:
         read_key_file(Path(config.http.api_key_file))
 
 
+def _check_model(config: AntiphonConfig) -> None:
+    """See that there is such a model; of a hub's, no more is fetched than it takes to know."""
+    typer.echo(f"model {config.model.source}")
+    from antiphon.workers.model_source import config_folder
+
+    config_folder(config.model.source, _report)
+
+
 def _resolve_model(config: AntiphonConfig) -> None:
     """Convert or download here, where progress can be seen; workers then find it in the cache."""
-    typer.echo(f"model {config.model.source}")
     from antiphon.workers.model_source import resolve_model
 
-    folder = resolve_model(config.model.source, lambda text: typer.echo(f"  {text}"))
-    typer.echo(f"  in {folder}")
+    typer.echo(f"  in {resolve_model(config.model.source, _report)}")
+
+
+def _report(line: str) -> None:
+    typer.echo(f"  {line}")
 
 
 @contextmanager
@@ -138,15 +149,12 @@ def _placed(config: AntiphonConfig, address: str | None) -> AntiphonConfig:
     """Give GPUs and look for room on this machine; on a cluster both are for its users to say."""
     import ray
 
-    def report(line: str) -> None:
-        typer.echo(f"  {line}")
-
     offered = ray.cluster_resources()  # type: ignore[no-untyped-call]
     if address is None:
-        config = with_gpus(config, usable_gpus(offered, report), report)
+        config = with_gpus(config, usable_gpus(offered, _report), _report)
         check_room(config, offered)
     elif offered.get("GPU"):
-        report_cpus(config, report)
+        report_cpus(config, _report)
     return config
 
 

@@ -3,17 +3,22 @@
 import threading
 import time
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 
 from antiphon.config_loading import parse_config
+from antiphon.deployment import launcher
 from antiphon.deployment.launcher import (
     APP_NAME,
     _check_name,
     _check_port,
     _finish_open_requests,
     _placed,
+    launch,
 )
 from antiphon.errors import ConfigError
 
@@ -30,6 +35,24 @@ def test_the_port_may_not_be_one_that_workers_are_scraped_at() -> None:
         metrics = {"first_port": first_port, "num_ports": 51}
         with pytest.raises(ConfigError, match=f"8000 is one of .* {first_port} and 50 more"):
             _check_port(parse_config({"metrics": metrics}), address="auto")
+
+
+def test_what_there_is_no_room_for_is_refused_before_weights_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(launcher, "_ray", lambda *_: nullcontext())
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(launcher, "_resolve_model", lambda _: pytest.fail("fetched"))
+    config = parse_config(
+        {
+            "model": {"source": str(tmp_path)},
+            "decode": {"num_gpus": 1},
+            "http": {"port": free_port()},
+        }
+    )
+    with pytest.raises(ConfigError, match="decode: no place for 1 of 1"):
+        launch(config, None)
 
 
 def test_a_cluster_serves_one_application_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
