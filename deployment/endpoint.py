@@ -2,7 +2,6 @@
 
 import http.client
 import socket
-import urllib.request
 
 _SERVE_SECONDS = 2.0  # for its proxy to answer, where one listens
 _SERVE_ANSWER = b"success"  # others answer 200 too: Ray's metrics do to any path
@@ -30,13 +29,19 @@ def listen_error(host: str, port: int) -> str | None:
 def serve_listen_error(host: str, port: int) -> str | None:
     """Why Serve cannot listen at an address of this machine; None if it can, or does already."""
     error = listen_error(host, port)
-    return None if error is None or _is_serve(host, port) else error
+    return None if error is None or is_serve(host, port, _SERVE_SECONDS) else error
 
 
-def _is_serve(host: str, port: int) -> bool:
+def is_serve(host: str, port: int, timeout_seconds: float) -> bool:
+    """Whether Serve's proxy listens at an address of this machine, and is well."""
+    reachable = _REACHABLE.get(host, host)
+    connection = http.client.HTTPConnection(reachable, port, timeout=timeout_seconds)
     try:
-        url = f"{base_url(host, port)}/-/healthz"
-        with urllib.request.urlopen(url, timeout=_SERVE_SECONDS) as answer:
-            return bool(answer.status == 200 and answer.read(len(_SERVE_ANSWER)) == _SERVE_ANSWER)
+        connection.request("GET", "/-/healthz")
+        answer = connection.getresponse()
+        is_ok = answer.status == http.HTTPStatus.OK
+        return is_ok and answer.read(len(_SERVE_ANSWER)) == _SERVE_ANSWER
     except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()

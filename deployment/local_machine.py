@@ -35,7 +35,7 @@ def usable_gpus(offered: Mapping[str, float], report: Callable[[str], None]) -> 
     return min(usable, num_gpus)
 
 
-def without_gpus(config: AntiphonConfig, num_gpus: int) -> list[str]:
+def _without_gpus(config: AntiphonConfig, num_gpus: int) -> list[str]:
     """The pools that could have GPUs where no pool has one, and of which nobody has said so.
 
     Args:
@@ -53,12 +53,12 @@ def without_gpus(config: AntiphonConfig, num_gpus: int) -> list[str]:
 def with_gpus(
     config: AntiphonConfig, num_gpus: int, report: Callable[[str], None]
 ) -> AntiphonConfig:
-    """Give each worker of ``without_gpus`` one of this machine's GPUs, if there are enough.
+    """Give each worker that nobody has decided about one of this machine's GPUs, if they suffice.
 
     Args:
         report: Called with lines on which it is, where there are GPUs.
     """
-    roles = without_gpus(config, num_gpus)
+    roles = _without_gpus(config, num_gpus)
     num_workers = sum(config.pools[role].replicas for role in roles)
     if num_workers > num_gpus:
         report(

@@ -14,17 +14,17 @@ with the folder and the proxy's port, tries them, and says on its standard error
 """
 
 import fcntl
-import http.client
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from antiphon.deployment.endpoint import is_serve
+
 # In a pod the chart says where; elsewhere nobody asks, and nothing is written.
 FOLDER_VARIABLE = "ANTIPHON_READINESS_FOLDER"
 _LOADING, _SERVING = "loading", "serving"
 _PROXY_SECONDS = 3.0  # the kubelet ends the probe after 5 s
-_WELL = b"success"
 
 
 class PodReadiness:
@@ -70,7 +70,7 @@ def why_not_ready(folder: Path, port: int) -> str | None:
         return "a worker still loads"
     if not _is_held(folder / _SERVING):
         return "no worker serves here"
-    if not _takes_requests(port):
+    if not is_serve("127.0.0.1", port, _PROXY_SECONDS):
         return "Serve's proxy takes no requests"
     return None
 
@@ -84,19 +84,6 @@ def _is_held(path: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def _takes_requests(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PROXY_SECONDS)
-    try:
-        connection.request("GET", "/-/healthz")
-        answer = connection.getresponse()
-        # Ray's metrics, for one, answer 200 to any path: the words have to be those of Serve.
-        return answer.status == http.HTTPStatus.OK and answer.read(len(_WELL)) == _WELL
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 if __name__ == "__main__":

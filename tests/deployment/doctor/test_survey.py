@@ -1,6 +1,7 @@
 """Agents of several addresses of this machine: real ports, links and files, without Ray."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -128,11 +129,15 @@ def test_what_the_time_limit_leaves_out_is_said(run: Callable[..., ClusterFacts]
 
 def test_a_call_that_hangs_is_left_behind() -> None:
     agents = LocalAgents([PREFILL])
-    agents._agents["p"].call = lambda *_: time.sleep(3)  # type: ignore[method-assign]
+    goes_on = threading.Event()
+    agents._agents["p"].call = lambda *_: goes_on.wait(30)  # type: ignore[method-assign]
     started_at = time.monotonic()
-    (answer,) = agents.call("versions", {"p": ()}, 0.1).values()
-    assert answer == Failure("no answer within 0 s")
-    assert time.monotonic() - started_at < 2
+    try:
+        (answer,) = agents.call("versions", {"p": ()}, 0.1).values()
+        assert answer == Failure("no answer within 0 s")
+        assert time.monotonic() - started_at < 2
+    finally:
+        goes_on.set()
 
 
 def test_a_listener_that_never_answers_is_bounded() -> None:
