@@ -106,17 +106,17 @@ class Server:
 @pytest.mark.parametrize("capacity", [0.05, 0.3, 1.0, 1.4, 8.0])
 def test_the_search_finds_where_attainment_crosses(capacity: float) -> None:
     server = Server(capacity)
-    found, points = asyncio.run(search.find_goodput(server.measure, guess=1.0))
+    found, measured = asyncio.run(search.find_goodput(server.measure, guess=1.0))
     assert found == pytest.approx(1.1 * capacity, rel=0.06)
-    assert [point.rate for point in points] == server.rates
-    assert len(points) <= 12
+    assert [point.rate for point in measured] == server.rates
+    assert len(measured) <= 12
 
 
 def test_a_search_that_only_has_to_beat_another_ends_at_the_first_failure() -> None:
     server = Server(0.5)
-    found, points = asyncio.run(search.find_goodput(server.measure, guess=1.0, at_least=1.0))
+    found, measured = asyncio.run(search.find_goodput(server.measure, guess=1.0, at_least=1.0))
     assert found == 0.0
-    assert len(points) == 1
+    assert len(measured) == 1
     server = Server(2.0)
     found, _ = asyncio.run(search.find_goodput(server.measure, guess=1.0, at_least=1.0))
     assert found == pytest.approx(2.2, rel=0.06)
@@ -124,11 +124,53 @@ def test_a_search_that_only_has_to_beat_another_ends_at_the_first_failure() -> N
 
 def test_a_server_that_never_serves_has_no_goodput() -> None:
     server = Server(1e-9)
-    found, points = asyncio.run(search.find_goodput(server.measure, guess=1.0))
+    found, measured = asyncio.run(search.find_goodput(server.measure, guess=1.0))
     assert found == 0.0
-    assert len(points) <= 12
+    assert len(measured) <= 12
 
 
-def test_the_search_that_chose_a_system_does_not_count_for_it() -> None:
-    assert search.median_of_rounds([3.0]) == 3.0
-    assert search.median_of_rounds([3.0, 2.0, 1.0]) == 1.5
+def test_a_coarse_search_does_not_bisect() -> None:
+    server = Server(1.0)
+    found, measured = asyncio.run(
+        search.find_goodput(server.measure, guess=1.0, bracket=search.COARSE_BRACKET)
+    )
+    assert found == pytest.approx(1.1, rel=0.06)
+    assert len(measured) == 2
+
+
+def points(*pairs: tuple[float, float]) -> list[Any]:
+    return [search.Point(*pair) for pair in pairs]
+
+
+def test_pooled_points_cross_where_the_closest_curve_that_does_not_rise_does() -> None:
+    assert search.pooled_goodput(points((2.0, 0.8), (1.0, 1.0))) == pytest.approx(2**0.5)
+    # 0.8 and 1.0 pool to 0.9, which passes; on to 0.7, nothing is left to interpolate
+    assert search.pooled_goodput(points((1.0, 0.8), (1.2, 1.0), (1.5, 0.7))) == 1.2
+    lucky = points((1.0, 1.0), (1.2, 0.6), (1.2, 0.6), (1.5, 0.9))  # 0.7 from 1.2 on
+    assert search.pooled_goodput(lucky) == pytest.approx(1.2 ** (1 / 3))
+
+
+def test_pooled_points_on_one_side_move_on() -> None:
+    low, high = search.rates_around(search.pooled_goodput(points((1.0, 0.5), (1.2, 0.2))))
+    assert low < high < 1.0
+    low, high = search.rates_around(search.pooled_goodput(points((1.0, 1.0), (1.2, 0.95))))
+    assert high > low > 1.2
+
+
+def test_systems_in_turn_end_up_around_their_crossing() -> None:
+    server = Server(1.0)
+    seen: list[Any] = []
+    goodput = 2.5
+    for _ in range(8):
+        for rate in search.rates_around(goodput):
+            seen.append(search.Point(rate, asyncio.run(server.measure(rate))))
+        goodput = search.pooled_goodput(seen)
+    assert goodput == pytest.approx(1.1, rel=0.03)
+
+
+def test_the_interval_of_a_ratio_is_as_wide_as_rounds_differ() -> None:
+    alike = [(points((1.8, 1.0), (2.2, 0.8)), points((0.9, 1.0), (1.1, 0.8)))] * 4
+    assert search.ratio_interval(alike) == pytest.approx([2.0, 2.0])
+    worse = (points((1.8, 0.8), (2.2, 0.6)), points((0.9, 1.0), (1.1, 0.8)))
+    low, high = search.ratio_interval([*alike[:2], worse, worse])
+    assert low < 1.8 < high <= 2.01

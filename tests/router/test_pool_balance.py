@@ -41,12 +41,12 @@ def mean_streams(pools: SimulatedPools) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_streams_are_split_as_evenly_as_between_colocated_workers(monkeypatch, seed):
+def test_streams_are_split_as_evenly_as_between_colocated_workers(seed):
     traffic = Traffic((16, 48), (64, 96), rate=1.9, count=60, seed=seed)
-    pools = serve(monkeypatch, POOLS, (TTFT_SECONDS, ITL_SECONDS), traffic)
+    pools = serve(POOLS, (TTFT_SECONDS, ITL_SECONDS), traffic)
     on_prefill, on_decode = mean_streams(pools)
     assert 0.6 * on_decode < on_prefill < 1.1 * on_decode
-    colocated = serve(monkeypatch, COLOCATED, (TTFT_SECONDS, ITL_SECONDS), traffic)
+    colocated = serve(COLOCATED, (TTFT_SECONDS, ITL_SECONDS), traffic)
     assert attainment(pools) >= attainment(colocated) - 0.05
 
 
@@ -58,26 +58,24 @@ def test_streams_are_split_as_evenly_as_between_colocated_workers(monkeypatch, s
     ],
     ids=["chat", "long_prompts"],
 )
-def test_where_prompts_and_outputs_are_balanced_two_pools_are_not_worse(
-    monkeypatch, traffic, targets
-):
-    pools = serve(monkeypatch, POOLS, targets, traffic)
-    colocated = serve(monkeypatch, COLOCATED, targets, traffic)
+def test_where_prompts_and_outputs_are_balanced_two_pools_are_not_worse(traffic, targets):
+    pools = serve(POOLS, targets, traffic)
+    colocated = serve(COLOCATED, targets, traffic)
     assert attainment(pools) >= attainment(colocated) - 0.05
 
 
-def test_where_prompts_hurt_most_they_are_kept_apart(monkeypatch):
+def test_where_prompts_hurt_most_they_are_kept_apart():
     targets = 2.4, 0.075
     traffic = Traffic((96, 192), (12, 20), rate=1.4, count=60)
-    pools = serve(monkeypatch, POOLS, targets, traffic)
-    colocated = serve(monkeypatch, COLOCATED, targets, traffic)
+    pools = serve(POOLS, targets, traffic)
+    colocated = serve(COLOCATED, targets, traffic)
     assert pools.reasons().count(Reason.REMOTE) > 0.8 * traffic.count
     assert attainment(pools) > 0.9
     assert median_tpot_seconds(pools) < 0.95 * median_tpot_seconds(colocated)
 
 
-def test_steps_with_prompt_tokens_stay_within_the_target(monkeypatch):
-    pools = serve(monkeypatch, COLOCATED, (2.0, 0.2), Traffic((64, 128), (32, 64), 1.2, 40))
+def test_steps_with_prompt_tokens_stay_within_the_target():
+    pools = serve(COLOCATED, (2.0, 0.2), Traffic((64, 128), (32, 64), 1.2, 40))
     mixed = [
         step.seconds
         for worker in pools.workers.values()

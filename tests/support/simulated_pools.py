@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from virtual_time import Clock, Served, Step, Traffic, step_seconds
 
@@ -48,7 +49,8 @@ class SimulatedWorker:
             name, name, role, f"ws://{name}", "model", 16, 4000, 8192, 46_080, 46_080, 1, "node"
         )
         runner: Any = self
-        self.engine = Engine(runner, SchedulerConfig(128, 256, 256, 256), self, target)
+        config = SchedulerConfig(pools.max_batch_tokens, 256, 256, 256)
+        self.engine = Engine(runner, config, self, target)
         self.load: Load = self.engine.load(self.engine._scheduler)
         self.steps: list[Step] = []
         self._sequence = 0
@@ -136,7 +138,7 @@ class SimulatedWorker:
 
 @dataclass(slots=True)
 class SimulatedPools:
-    """Workers of these roles; all know the targets.
+    """Workers of these roles; they and the router know the targets if ``keeps_targets``.
 
     Construct only with ``engine_module.time`` patched: see ``serve``.
     """
@@ -146,6 +148,8 @@ class SimulatedPools:
     itl_seconds: float
     clock: Clock
     rng: random.Random
+    max_batch_tokens: int = 128
+    keeps_targets: bool = True
     view: ClusterView = field(default_factory=ClusterView)
     workers: dict[str, SimulatedWorker] = field(default_factory=dict)
     served: dict[str, Served] = field(default_factory=dict)
@@ -153,11 +157,12 @@ class SimulatedPools:
     policy: Policy = field(init=False)
 
     def __post_init__(self) -> None:
-        self.policy = Policy(
-            RouterConfig(target_ttft_seconds=self.ttft_seconds, target_itl_seconds=self.itl_seconds)
-        )
+        ttft, itl = self.ttft_seconds, self.itl_seconds
+        if not self.keeps_targets:
+            ttft = itl = None
+        self.policy = Policy(RouterConfig(target_ttft_seconds=ttft, target_itl_seconds=itl))
         for index, role in enumerate(self.roles):
-            worker = SimulatedWorker(self, role, index, self.itl_seconds)
+            worker = SimulatedWorker(self, role, index, itl)
             self.workers[worker.card.incarnation] = worker
 
     def later(self, seconds: float, event: Callable[[], None]) -> None:
@@ -210,12 +215,21 @@ class SimulatedPools:
 
 
 def serve(
-    monkeypatch: Any, roles: tuple[Role, ...], targets: tuple[float, float], traffic: Traffic
+    roles: tuple[Role, ...], targets: tuple[float, float], traffic: Traffic, **settings: Any
 ) -> SimulatedPools:
-    """Serve all of a traffic, after some requests by which workers learn what steps take."""
+    """Serve all of a traffic, after some requests by which workers learn what steps take.
+
+    ``settings`` are fields of ``SimulatedPools`` with a default.
+    """
     clock = Clock()
-    monkeypatch.setattr(engine_module, "time", clock)
-    pools = SimulatedPools(roles, *targets, clock, random.Random(traffic.seed))
+    with patch.object(engine_module, "time", clock):
+        pools = SimulatedPools(roles, *targets, clock, random.Random(traffic.seed), **settings)
+        _serve(pools, traffic)
+    return pools
+
+
+def _serve(pools: SimulatedPools, traffic: Traffic) -> None:
+    clock = pools.clock
     for num_prompt_tokens in (130, 260, 130, 260, 100, 100):
         pools.submit(num_prompt_tokens, Served(clock.now, 12))
         clock.run()
@@ -227,4 +241,3 @@ def serve(
         clock.at(due_at, lambda p=num_prompt_tokens, s=served: pools.submit(p, s))
     clock.run()
     assert all(served.is_complete for served in pools.served.values())
-    return pools
