@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from antiphon.deployment.doctor.facts import OUT_OF_TIME, ClusterFacts, Finding, Severity
-from antiphon.deployment.doctor.placement import ingress_needs, needs, nodes_for, place
+from antiphon.deployment.doctor.placement import hosts, ingress_needs, needs, nodes_for, place
 
 _PACKAGES = "install antiphon {version} on every node, with one constraints.txt and Python"
 # Nothing in serving depends on clocks; logs, traces and metrics of one request do.
@@ -57,13 +57,14 @@ def _nccl_versions(facts: ClusterFacts, mend: str) -> Iterator[Finding]:
 
 
 def check_model(facts: ClusterFacts) -> Iterator[Finding]:
-    """Every node finds the same model under the same source, and it can be served."""
+    """Nodes that may load the model find the same under the same source, and it can be served."""
     if facts.shape_error is not None:
         yield Finding(
             "cluster", facts.shape_error, "a model whose needs can be counted",
             "name a model that can be served, or mend its config.json",
         )  # fmt: skip
-    models = {name: node.model for name, node in facts.nodes.items()}
+    users = {node.name for node in hosts(facts.config, facts.members) or facts.members}
+    models = {name: node.model for name, node in facts.nodes.items() if name in users}
     usual = most_common(model.fingerprint for model in models.values() if model.fingerprint)
     source = facts.config.model.source
     for name, model in models.items():

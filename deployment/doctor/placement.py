@@ -38,6 +38,12 @@ def nodes_for(config: AntiphonConfig, role: str, members: Sequence[Node]) -> tup
     return tuple(node for node in members if wanted is not None and _has(node.resources, wanted))
 
 
+def hosts(config: AntiphonConfig, members: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes that can hold a worker of any role, or an ingress, if they are empty."""
+    wanted = [*map(needs, config.pools.values()), ingress_needs(config.http)]
+    return tuple(node for node in members if any(_has(node.resources, each) for each in wanted))
+
+
 def place(config: AntiphonConfig, members: Sequence[Node]) -> Placement:
     """Find a place for every worker and ingress on nodes that hold nothing else."""
     free = {node.name: dict(node.resources) for node in members}

@@ -119,6 +119,16 @@ def test_each_pool_has_pods_that_hold_its_workers(
         assert milli == 1000 * per_pod * pool.num_cpus + 500
 
 
+def test_the_head_finds_a_place_where_the_pools_do(rendered: str, example: Path) -> None:
+    """A claim of a single node would tie it to theirs, which it may not tolerate."""
+    cluster = only(rendered, "RayService")["spec"]["rayClusterConfig"]
+    head = cluster["headGroupSpec"]["template"]["spec"]
+    assert not [volume for volume in head["volumes"] if "persistentVolumeClaim" in volume]
+    if example.stem.startswith("one-node"):
+        pools = [group["template"]["spec"] for group in cluster["workerGroupSpecs"]]
+        assert all(pool.get("tolerations") == head.get("tolerations") for pool in pools)
+
+
 def test_the_head_runs_no_worker(rendered: str) -> None:
     head = only(rendered, "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]
     node = ray_nodes.node_options(head["rayStartParams"])

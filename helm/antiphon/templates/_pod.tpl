@@ -110,14 +110,14 @@ spec:
       securityContext:
         {{- include "antiphon.containerSecurity" .values | nindent 8 }}
       volumeMounts:
-        {{- include "antiphon.mounts" $root | nindent 8 }}
+        {{- include "antiphon.mounts" (dict "root" $root "isHead" $isHead) | nindent 8 }}
         {{- if $hasKeys }}
         - name: api-keys
           mountPath: {{ dir (include "antiphon.keyFile" $root) }}
           readOnly: true
         {{- end }}
   volumes:
-    {{- include "antiphon.volumes" $root | nindent 4 }}
+    {{- include "antiphon.volumes" (dict "root" $root "isHead" $isHead) | nindent 4 }}
     {{- if $hasKeys }}
     - name: api-keys
       secret:
@@ -208,39 +208,42 @@ readinessProbe:
 /tmp/antiphon
 {{- end -}}
 
+{{/* No claim on the head, where neither a worker nor an ingress runs: one that can be mounted on a single
+     node would tie it to the pools'. Arguments of both: dict "root" $ "isHead". */}}
 {{- define "antiphon.mounts" -}}
 - name: tmp
   mountPath: /tmp
 - name: shared-memory
   mountPath: /dev/shm
 - name: cache
-  mountPath: {{ .Values.modelCache.mountPath }}
-{{- if .Values.models.existingClaim }}
+  mountPath: {{ .root.Values.modelCache.mountPath }}
+{{- if and .root.Values.models.existingClaim (not .isHead) }}
 - name: models
-  mountPath: {{ .Values.models.mountPath }}
+  mountPath: {{ .root.Values.models.mountPath }}
   readOnly: true
 {{- end }}
 {{- end -}}
 
 {{- define "antiphon.volumes" -}}
+{{- $values := .root.Values -}}
 - name: tmp
   emptyDir: {}
 - name: shared-memory
   emptyDir:
     medium: Memory
-    sizeLimit: {{ .Values.sharedMemory }}
+    sizeLimit: {{ $values.sharedMemory }}
 - name: cache
-{{- if .Values.modelCache.persistentVolumeClaim.enabled }}
+{{- if and $values.modelCache.persistentVolumeClaim.enabled (not .isHead) }}
   persistentVolumeClaim:
-    claimName: {{ include "antiphon.cacheClaim" . }}
+    claimName: {{ include "antiphon.cacheClaim" .root }}
 {{- else }}
   emptyDir:
-    sizeLimit: {{ .Values.modelCache.sizeLimit }}
+    sizeLimit: {{ $values.modelCache.sizeLimit }}
 {{- end }}
-{{- if .Values.models.existingClaim }}
+{{- if and $values.models.existingClaim (not .isHead) }}
 - name: models
   persistentVolumeClaim:
-    claimName: {{ .Values.models.existingClaim }}
+    claimName: {{ $values.models.existingClaim }}
     readOnly: true
 {{- end }}
 {{- end -}}

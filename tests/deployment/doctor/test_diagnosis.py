@@ -126,6 +126,13 @@ def only_finding(facts: ClusterFacts, check: str, where: str, words: str) -> Fin
     return finding
 
 
+def test_a_node_that_runs_nothing_needs_no_model() -> None:
+    facts = with_node("head", model=ModelFacts(error="there is no model"))
+    only_finding(facts, "model", "head", "there is no model")  # an ingress may start there
+    kept_off = {"resources": {"antiphon_prefill": 0.001}}
+    assert diagnose(replace(facts, config=config(prefill={"replicas": 1}, http=kept_off))) == []
+
+
 @pytest.mark.parametrize("case", PROBLEMS.values(), ids=PROBLEMS)
 def test_what_will_not_work_is_a_problem(case: tuple[ClusterFacts, str, str, str]) -> None:
     assert only_finding(*case).severity is Severity.PROBLEM
