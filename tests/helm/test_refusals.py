@@ -1,8 +1,11 @@
 """Nonsense is refused, by words that say what is wrong."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helm_chart import CHART, Helm
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -115,7 +118,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"autoscaling": {"enabled": True}, "pools": {"prefill": {"maxPods": 1}}},
-        "pools.decode.maxPods: got 0, but its workers and sparePods need 1 pods",
+        "pools.decode.maxPods: got 0, but its workers need 1 pods",
+    ),
+    (
+        {
+            "autoscaling": {"enabled": True},
+            "pools": {"prefill": {"maxPods": 1}, "decode": {"maxPods": 3, "sparePods": 1}},
+        },
+        "pools.decode.sparePods: got 1, but with autoscaling.enabled a pod without a worker is",
     ),
     (
         {
@@ -123,10 +133,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             "config": {"decode": {"replicas": 5}},
             "pools": {
                 "prefill": {"maxPods": 1},
-                "decode": {"maxPods": 4, "workersPerPod": 2, "sparePods": 2},
+                "decode": {"maxPods": 2, "workersPerPod": 2},
             },
         },
-        "pools.decode.maxPods: got 4, but its workers and sparePods need 5 pods",
+        "pools.decode.maxPods: got 2, but its workers need 3 pods",
     ),
     (
         {"terminationGracePeriodSeconds": 90},
@@ -193,3 +203,15 @@ def test_a_release_whose_name_kuberay_would_refuse_is_refused(helm: Helm) -> Non
         'the name "7th-antiphon", which KubeRay does not accept: set nameOverride' in answer.stderr
     )
     assert helm.run("template", "7th", str(CHART), "--set", "nameOverride=seventh").returncode == 0
+
+
+def test_what_another_chart_that_depends_on_this_one_adds_is_not_refused(
+    helm: Helm, tmp_path: Path
+) -> None:
+    """Helm puts ``global`` into the values then, whether the other one has any or not."""
+    shutil.copytree(CHART, tmp_path / "parent/charts/antiphon")
+    chart = {"apiVersion": "v2", "name": "parent", "version": "0.1.0"}
+    (tmp_path / "parent/Chart.yaml").write_text(yaml.safe_dump(chart))
+    answer = helm.run("template", "demo", str(tmp_path / "parent"))
+    assert answer.returncode == 0, answer.stderr
+    assert "kind: RayService" in answer.stdout

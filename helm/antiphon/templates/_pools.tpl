@@ -21,8 +21,11 @@
 {{- $maxPods := $pods -}}
 {{- if .root.Values.autoscaling.enabled -}}
 {{- $maxPods = int $values.maxPods -}}
+{{- if $values.sparePods -}}
+{{- fail (printf "pools.%s.sparePods: got %d, but with autoscaling.enabled a pod without a worker is removed after autoscaling.idleTimeoutSeconds; leave room in maxPods instead" .pool (int $values.sparePods)) -}}
+{{- end -}}
 {{- if gt $pods $maxPods -}}
-{{- fail (printf "pools.%s.maxPods: got %d, but its workers and sparePods need %d pods; with autoscaling.enabled say how many there may ever be" .pool $maxPods $pods) -}}
+{{- fail (printf "pools.%s.maxPods: got %d, but its workers need %d pods; with autoscaling.enabled say how many there may ever be" .pool $maxPods $pods) -}}
 {{- end -}}
 {{- else if gt (int $values.maxPods) 0 -}}
 {{- fail (printf "pools.%s.maxPods: got %d, but autoscaling.enabled is false, so nothing would add pods" .pool (int $values.maxPods)) -}}
