@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from chart_schemas import VERSIONS, check
-from helm_chart import CHART, Helm, objects, only, serve_config
+from helm_chart import CHART, ROOT, Helm, objects, only, serve_config
 
 from antiphon.config_loading import parse_config
 from antiphon.deployment.api_keys import read_key_file
@@ -77,6 +77,18 @@ def test_a_secret_that_exists_is_used_and_none_made(helm: Helm) -> None:
     for template in pods(rendered)[1:]:
         secrets = [v["secret"] for v in template["spec"]["volumes"] if "secret" in v]
         assert [secret["secretName"] for secret in secrets] == ["mine"]
+
+
+@pytest.mark.parametrize("strategy", ["None", "NewCluster"])
+def test_notes_say_that_first_keys_wait_for_other_pods(helm: Helm, strategy: str) -> None:
+    """With None KubeRay leaves the pods, and Serve's old ingress goes on without asking."""
+    values = ["--set", f"upgrade.strategy={strategy}", "--set", "apiKeys.existingSecret=mine"]
+    answer = helm.run("install", "demo", str(CHART), "--dry-run=client", *values)
+    assert answer.returncode == 0, answer.stderr
+    notes = answer.stdout.partition("NOTES:")[2]
+    assert ("had no apiKeys before" in notes) == (strategy == "None")
+    command = "delete raycluster --selector app.kubernetes.io/instance=demo"
+    assert (command in notes) == (strategy == "None")
 
 
 # Scraping.
@@ -234,6 +246,22 @@ def test_objectives_reach_the_rules_that_dashboards_and_alerts_ask(helm: Helm) -
 
 
 # Upgrades.
+
+
+def test_pages_select_the_head_and_the_cluster_by_labels_that_they_have(helm: Helm) -> None:
+    """KubeRay keeps those of the pod's template, and gives the cluster those of the RayService."""
+    pages = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("deploy", "runbooks"))
+    service = helm.run("template", "antiphon", str(CHART)).stdout
+    head, *workers = (pod["metadata"]["labels"].items() for pod in pods(service))
+    selectors = set(re.findall(r"get pods --selector (\S+)", pages))
+    for labels in [dict(pair.split("=") for pair in text.split(",")) for text in selectors]:
+        assert labels.items() <= head
+        assert not any(labels.items() <= worker for worker in workers)
+    cluster = only(service, "RayService")["metadata"]["labels"]
+    clusters = set(re.findall(r"delete raycluster --selector (\S+)=([^\s`]+)", pages))
+    assert selectors
+    assert clusters
+    assert clusters <= set(cluster.items())
 
 
 def test_an_upgrade_from_the_last_values_changes_no_name(helm: Helm) -> None:

@@ -29,6 +29,13 @@ def test_a_section_answers_the_questions_in_order(name: str) -> None:
     assert positions == sorted(positions)
 
 
+def test_alerts_of_what_is_not_known_say_that_a_first_start_raises_them() -> None:
+    absent = [str(rule["alert"]) for rule in alerts() if "absent" in str(rule["expr"])]
+    assert absent
+    for name in absent:
+        assert "for the first time" in " ".join(SECTIONS[name].split())
+
+
 def test_sections_name_panels_that_exist() -> None:
     titles = {p["title"] for dashboard in dashboards().values() for p in dashboard["panels"]}
     named = {" ".join(name.split()) for name in re.findall(r"“([^”]+)”", PAGE)}
@@ -43,6 +50,11 @@ def test_questions_to_ingresses_can_be_asked() -> None:
     for command, path in questions:
         assert path in ("/health", "/ready") or '-H "Authorization: Bearer $API_KEY"' in command
     assert "own port" not in PAGE
+
+
+def test_pods_can_be_asked_from_outside() -> None:
+    """They have no curl, and neither Ingress nor route leads to /workers."""
+    assert "port-forward service/antiphon 8000" in PAGE.partition("\n## ")[0]
 
 
 def test_sections_name_metrics_that_exist() -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready"}
 PATHS |= {"/metrics", "/metrics/targets", "/workers", "/requests"}
 _FROM_THE_USER = {"my-values.yaml"}
-_KUBECTL = {"apply", "create", "describe", "exec", "get", "logs", "port-forward", "wait"}
+_KUBECTL = {"apply", "create", "delete", "describe", "exec", "get", "logs", "port-forward", "wait"}
 _HELM = {"install", "rollback", "test", "uninstall", "upgrade"}
 
 
