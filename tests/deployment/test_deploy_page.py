@@ -11,6 +11,7 @@ import yaml
 from page_commands import ROOT, blocks, check, commands
 
 from antiphon.config_loading import parse_config
+from antiphon.messages import Role
 
 with warnings.catch_warnings():
     # Importing ray.serve uses pydantic in a way that pydantic deprecates.
@@ -36,6 +37,11 @@ COMMANDS = [words for page in PAGES for words in commands(page.read_text())]
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_is_known(words: list[str]) -> None:
     check(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_block_uses_the_name_of_a_release_twice(page: Path) -> None:
+    assert all(block.count("helm install") <= 1 for block in blocks(page.read_text(), "bash"))
 
 
 def test_the_examples_of_configurations_are_valid() -> None:
@@ -73,6 +79,19 @@ def test_what_kuberay_does_not_take_over_at_once_is_not_promised() -> None:
 def start_commands() -> dict[str, list[str]]:
     config: dict[str, Any] = yaml.safe_load(CLUSTER.read_text())
     return {kind: config[f"{kind}_start_ray_commands"] for kind in ("head", "worker")}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", PAGES[0]], ids=lambda page: page.name)
+def test_the_cluster_offers_what_the_examples_for_serve_ask_for(page: Path) -> None:
+    starts = re.findall(r'\\"(antiphon_[^"]+)\\"', "\n".join(start_commands()["worker"]))
+    pool = "$(cat /etc/antiphon/pool)"
+    offered = {name.replace(pool, role) for name in starts for role in Role}
+    for document in (yaml.safe_load(block) for block in blocks(page.read_text(), "yaml")):
+        for application in document.get("applications", ()):
+            sections = application["args"].values()
+            asked = {name for section in sections for name in section.get("resources", ())}
+            assert asked
+            assert asked <= offered
 
 
 def test_ray_accepts_the_cluster() -> None:

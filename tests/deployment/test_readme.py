@@ -84,6 +84,12 @@ def test_the_two_commands_come_first():
     assert [words[:2] for words in commands(README)[:2]] == [["make", "serve"], ["make", "test"]]
 
 
+def test_programs_are_on_the_path_before_they_are_called():
+    programs = [words[0] for words in commands(README)]
+    before = programs[: programs.index("source")]
+    assert set(before) == {"make", "curl"}
+
+
 @pytest.mark.parametrize("there", [("python3",), ("python3", "python3.11")], ids=" ".join)
 def test_make_takes_the_python_that_is_there(there: tuple[str, ...], tmp_path: Path) -> None:
     for name in there:

