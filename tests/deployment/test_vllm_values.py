@@ -1,4 +1,4 @@
-"""What the gauges with vLLM's names say; that they are there is in test_readme.py."""
+"""What the gauges with vLLM's names say; that they are there is in test_metric_labels.py."""
 
 import asyncio
 import threading

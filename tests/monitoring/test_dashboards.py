@@ -1,12 +1,11 @@
 """The dashboards are what their source says, and say what a reader needs."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 import dashboard_files
 import pytest
 from dashboard_queries import dashboards, metric_names, panel_queries, panels, rules
+from listed_metrics import metric_labels
 
 GRID_COLUMNS = 24
 RUNBOOK_LINK = "${runbooks}#${__value.text}"
@@ -94,18 +93,11 @@ def test_a_firing_alert_leads_to_its_runbook() -> None:
     assert link["url"] == RUNBOOK_LINK
 
 
-def test_queries_name_metrics_that_exist(readme_metrics: set[str]) -> None:
+def test_queries_name_metrics_that_exist() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     suffixes = ("", "_bucket", "_sum", "_count")
-    known = {name + suffix for name in readme_metrics for suffix in suffixes} | recorded
+    known = {name + suffix for name in metric_labels() for suffix in suffixes} | recorded
     expressions = {query.where: query.expression for query in panel_queries("a", "5m")}
     expressions |= {str(rule.get("alert", rule.get("record"))): rule["expr"] for rule in rules()}
     for where, expression in expressions.items():
         assert metric_names(expression) <= known, where
-
-
-@pytest.fixture
-def readme_metrics() -> set[str]:
-    """The README's table, which a test of its own holds against the code."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    return set(re.findall(r"^\| `(antiphon_\w+)`", text, re.MULTILINE))

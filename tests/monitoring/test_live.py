@@ -12,10 +12,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 from dashboard_queries import alerts, panel_queries, rules
+from listed_metrics import metric_labels
 from monitored_faults import Faults, lose_colocated
 from monitored_system import MonitoredSystem
 from prometheus_server import Prometheus, prometheus
-from readme_metrics import metric_labels
 
 JOB = "antiphon"  # of the documented scrape configuration
 INTERVAL = "10s"  # for $__rate_interval
@@ -63,7 +63,7 @@ async def every_query_finds_something(server: Prometheus) -> None:
         await asyncio.sleep(0.5)
 
 
-async def labels_have_the_words_of_the_readme(server: Prometheus) -> None:
+async def labels_have_the_words_that_are_listed(server: Prometheus) -> None:
     """After all those faults; other labels are those of the target, or name a worker."""
     listed = metric_labels()
     ours = '{__name__=~"antiphon_.+", __name__!~".+_created"}'  # those say when counting began
@@ -108,7 +108,7 @@ async def scenario(folder: Path) -> None:
             await watch.wait_for(BIASED)
             faults.slow_sessions(system, 0.0)
             await every_query_finds_something(server)
-            await labels_have_the_words_of_the_readme(server)
+            await labels_have_the_words_that_are_listed(server)
             await lose_colocated(system)
             await watch.wait_for(LOST)
             faults.hang(system)

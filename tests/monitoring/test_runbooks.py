@@ -4,8 +4,8 @@ import re
 
 import pytest
 from dashboard_queries import alerts, dashboards
+from listed_metrics import metric_labels
 from prometheus_binaries import ROOT
-from readme_metrics import metric_labels
 
 PAGE = (ROOT / "docs/runbooks.md").read_text()
 PARTS = ("What it means.", "What users feel.", "Look.", "Do.", "It is over when")

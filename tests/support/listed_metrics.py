@@ -1,21 +1,26 @@
-"""The labels of every metric as the README lists them, with the words that each may have."""
+"""The labels of every metric that docs/monitoring.md lists, with the words that each may have."""
 
 import re
 from itertools import product
 from pathlib import Path
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/monitoring.md").read_text()
 Words = frozenset[str] | None  # None: as many as there are workers, nodes or incarnations
 
 _ROW = re.compile(r"^\| `((?:antiphon_|vllm:)\w+)`[^|]*\| ([^|]*) ?\|$", re.MULTILINE)
 _LABEL = re.compile(r"`(\w+)`(?:: ([^`]*))?")
 
 
+def metric_rows() -> list[str]:
+    """The metric of each row."""
+    return [name for name, _ in _ROW.findall(PAGE)]
+
+
 def metric_labels() -> dict[str, dict[str, Words]]:
     """By metric, then by label."""
     found: dict[str, dict[str, Words]] = {}
     labels: dict[str, Words] = {}
-    for name, cell in _ROW.findall(README):
+    for name, cell in _ROW.findall(PAGE):
         if cell.strip() != "the same":
             plain = re.sub(r" ?\([^)]*\)", "", cell)
             labels = {label: _words(words) for label, words in _LABEL.findall(plain)}
