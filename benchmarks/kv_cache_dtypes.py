@@ -24,10 +24,11 @@ from torch import Tensor
 
 from antiphon.config import DEFAULT_MODEL
 from antiphon.kernels.selection import select_kernels
+from antiphon.workers.checkpoint import load_model
 from antiphon.workers.forward_batch import ForwardBatch
 from antiphon.workers.kv_cache import KVCache
 from antiphon.workers.model_source import resolve_model
-from antiphon.workers.paged_model import PagedModel, load_model
+from antiphon.workers.paged_model import PagedModel
 from antiphon.workers.tokenizer import Tokenizer
 
 TEXT = Path(__file__).parent.parent / "docs/design.md"

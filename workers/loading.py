@@ -10,12 +10,13 @@ from antiphon.config import EngineConfig, HandoffConfig, ModelConfig
 from antiphon.errors import ConfigError
 from antiphon.kernels.selection import select_kernels
 from antiphon.messages import Role
+from antiphon.workers.checkpoint import load_model
 from antiphon.workers.decode_graphs import cuda_graph_capture, graph_buckets
 from antiphon.workers.kv_cache import KVCache, KVLayout
 from antiphon.workers.memory_plan import num_kv_blocks
+from antiphon.workers.model_files import fingerprint
 from antiphon.workers.model_runner import ModelRunner
-from antiphon.workers.model_source import fingerprint
-from antiphon.workers.paged_model import PagedModel, load_model
+from antiphon.workers.paged_model import PagedModel
 from antiphon.workers.worker_settings import WorkerSettings
 
 logger = logging.getLogger(__name__)

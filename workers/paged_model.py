@@ -10,15 +10,12 @@ answering wrongly.
 import inspect
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
-from transformers import AutoModelForCausalLM as AutoModel
 
-from antiphon.errors import ConfigError, StepAbandonedError, UnsupportedModelError
+from antiphon.errors import StepAbandonedError, UnsupportedModelError
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
 from antiphon.kernels.kernel_set import KernelSet
 from antiphon.kernels.paged_kv import PagedKV, Rotary
@@ -204,26 +201,6 @@ class PagedModel:
 
     def _unsupported(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"model family {self.family!r} cannot be served: {reason}")
-
-
-def load_model(
-    folder: Path, dtype: torch.dtype | None, device: torch.device, kernels: KernelSet
-) -> PagedModel:
-    """Load weights from a folder, in the checkpoint's own dtype if ``dtype`` is None.
-
-    Raises:
-        ConfigError: The folder does not hold a causal language model.
-        UnsupportedModelError: The family cannot be served.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, config=config, dtype=dtype or "auto")
-        model = model.to(device).eval()  # type: ignore[arg-type]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{folder}: cannot be loaded as a causal language model: {error}"
-        ) from error
-    return PagedModel(model, kernels)
 
 
 def max_context_tokens(config: Any) -> int:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig
+from transformers import AttentionInterface
 from transformers import AutoModelForCausalLM as AutoModel
 
 from antiphon.errors import ConfigError, UnsupportedModelError
+from antiphon.workers.checkpoint import read_family, telling_why
+from antiphon.workers.model_files import read_config
 from antiphon.workers.model_shape import LayerShape, ModelShape
-from antiphon.workers.model_source import read_json
 from antiphon.workers.paged_model import max_context_tokens
 
 _ATTENTION_NAME = "antiphon_shapes"
@@ -30,19 +31,10 @@ def read_shape(folder: Path) -> ModelShape:
         ConfigError: There is no config.json, or it describes nothing that can be counted.
         UnsupportedModelError: The family cannot be served.
     """
-    raw = read_json(folder / "config.json")
-    if raw.get("quantization_config"):
-        raise ConfigError(
-            f"{folder}/config.json: has quantization_config; only weights in float32, bfloat16 or "
-            "float16 can be counted: name the unquantised model"
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            make: Any = AutoModel.from_config
-            model = make(config, dtype=torch.bfloat16).eval()
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder}: is not a causal language model: {error}") from error
+    raw = read_config(folder)
+    with telling_why(folder), torch.device("meta"):
+        make: Any = AutoModel.from_config
+        model = make(read_family(folder), dtype=torch.bfloat16, trust_remote_code=False).eval()
     return _measure(model, raw.get("dtype") or raw.get("torch_dtype"))
 
 

@@ -18,7 +18,7 @@ import tokenizers
 
 from antiphon.errors import ConfigError, InvalidParameterError
 from antiphon.workers.chat_template import ChatTemplate
-from antiphon.workers.model_source import read_json
+from antiphon.workers.model_files import read_json
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")

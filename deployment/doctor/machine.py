@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from antiphon.deployment.doctor.facts import GpuFacts, ModelFacts, NodeFacts
 from antiphon.deployment.endpoint import serve_listen_error
 from antiphon.errors import ConfigError
-from antiphon.workers.model_source import fingerprint, resolve_model
+from antiphon.workers.model_files import fingerprint
+from antiphon.workers.model_source import resolve_model
 
 _cuda: Any = torch.cuda  # its stubs lack what is used here
 _DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))

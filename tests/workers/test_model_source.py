@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from antiphon.config import DEFAULT_MODEL
 from antiphon.errors import ConfigError
 from antiphon.workers import gguf_conversion
-from antiphon.workers.model_source import fingerprint, resolve_model
+from antiphon.workers.model_files import fingerprint
+from antiphon.workers.model_source import config_folder, resolve_model
 
 
 def _fill(folder, seed=0, name="model.safetensors"):
@@ -72,7 +74,15 @@ def _leave_only(name):
     return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
 
+def _tensor(name, dtype):
+    """Weights of one tensor, of four bytes."""
+    entry = {name: {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}
+    header = json.dumps(entry).encode()
+    return _write("model.safetensors", len(header).to_bytes(8, "little") + header + bytes(4))
+
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 538090408\n"
+MXFP4 = b'{"quantization_config": {"quant_method": "mxfp4"}}'
 
 
 @pytest.mark.parametrize(
@@ -89,6 +99,10 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
         (_write("model.safetensors", b""), "download it again"),
         (_write("model.safetensors", LFS_POINTER), "Git LFS pointer; download it again"),
         (_lose_shard, r"model-1\.safetensors: cannot be read: No such file"),
+        (_write("config.json", MXFP4), r"config\.json: has quantization_config \(mxfp4\)"),
+        (_write("config.json", b'{"text_config": %s}' % MXFP4), "has quantization_config"),
+        (_tensor("lm_head.weight", "U8"), r"lm_head\.weight is quantised \(U8\)"),
+        (_tensor("q_proj.weight_scale", "F8_E4M3"), "is quantised"),
     ],
 )
 def test_what_a_folder_lacks_is_named(folder, damage, reason):
@@ -96,6 +110,11 @@ def test_what_a_folder_lacks_is_named(folder, damage, reason):
     with pytest.raises(ConfigError, match=reason) as caught:
         resolve_model(str(folder))
     assert str(folder) in str(caught.value)
+
+
+def test_a_mask_is_no_quantised_weight(folder):
+    _tensor("attention.bias", "U8")(folder)
+    assert resolve_model(str(folder)) == folder
 
 
 @pytest.mark.parametrize("source", ["no-such-model", "./no/such", "/no/such/folder", "a/b/c"])
@@ -148,6 +167,7 @@ class FakeHub:
         self.online = None
         self.calls = []
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.hf_hub_download)
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
 
     def snapshot_download(self, name, local_files_only=False, **_):
@@ -161,6 +181,12 @@ class FakeHub:
         self.calls.append("ask")
         if self.online is None:
             raise ConnectionError("no route to the hub")
+        files = [SimpleNamespace(rfilename=path.name) for path in self.online.iterdir()]
+        return SimpleNamespace(siblings=files)
+
+    def hf_hub_download(self, name, file):
+        self.calls.append(file)
+        return str(self.online / file)
 
 
 def test_a_downloaded_model_needs_no_connection(folder, monkeypatch):
@@ -184,7 +210,30 @@ def test_an_incomplete_download_is_taken_up_again(folder, tmp_path, monkeypatch)
     hub.cached = _fill(tmp_path / "partial")
     (hub.cached / "model.safetensors").unlink()
     assert resolve_model("org/name") == folder
-    assert hub.calls == ["look", "ask", "download"]
+    assert hub.calls == ["look", "ask", "config.json", "download"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason", "asked"),
+    [
+        (_remove("tokenizer.json"), r"hf download org/name .*AutoTokenizer", 2),
+        (_remove("model.safetensors"), "the hub's org/name has no safetensors", 2),
+        (_write("config.json", MXFP4), "has quantization_config", 3),
+    ],
+)
+def test_what_cannot_be_served_is_not_downloaded(folder, monkeypatch, damage, reason, asked):
+    hub = FakeHub(monkeypatch)
+    hub.online = folder
+    damage(folder)
+    with pytest.raises(ConfigError, match=reason):
+        resolve_model("org/name")
+    assert hub.calls == ["look", "ask", "config.json"][:asked]
+
+
+def test_a_quantised_model_is_refused_by_its_configuration_alone(tmp_path):
+    (tmp_path / "config.json").write_bytes(MXFP4)
+    with pytest.raises(ConfigError, match="name the unquantised model"):
+        config_folder(str(tmp_path))
 
 
 def test_without_the_hub_the_way_out_is_named(monkeypatch):

@@ -92,8 +92,8 @@ def test_shared_experts_are_no_routed_ones(tmp_path: Path) -> None:
     ("config", "problem"),
     [
         ({**LLAMA_8B, "quantization_config": {"quant_method": "awq"}}, "has quantization_config"),
-        ({**LLAMA_8B, "model_type": "nonsense"}, "is not a causal language model"),
-        ({}, "is not a causal language model"),
+        ({**LLAMA_8B, "model_type": "nonsense"}, "cannot be loaded as a causal language model"),
+        ({}, "cannot be loaded as a causal language model"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(
