@@ -24,6 +24,7 @@ class Attender(Protocol):
     """The attention of every layer in one forward pass."""
 
     rotary: Rotary | None  # that the next layer's queries and keys are still to be turned by
+    positions: Tensor  # [T], of the step's tokens in their prompts
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
@@ -73,8 +74,24 @@ def _attention_forward(
         soft_cap=softcap,
         sinks=s_aux,
     )
+    attender = _attender.get()
     query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    return _attender.get().attend(layer, query, key, value, features)[None], None
+    if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+        query = _tuned_by_position(module, query, attender.positions)
+    return attender.attend(layer, query, key, value, features)[None], None
+
+
+def _tuned_by_position(module: Any, query: Tensor, positions: Tensor) -> Tensor:
+    """Llama 4 takes a token's place in the step for its position where it scales these queries."""
+
+    def scale(position: Tensor) -> Tensor:
+        steps = torch.floor((position.float() + 1.0) / module.floor_scale)
+        scales: Tensor = torch.log1p(steps) * module.attn_scale + 1.0
+        return scales
+
+    place = torch.arange(len(positions), device=positions.device)
+    ratio = scale(positions) / scale(place)
+    return (query * ratio[:, None, None]).to(query.dtype)
 
 
 def _attention_chunk(module: torch.nn.Module, layer: int) -> int | None:

@@ -1,39 +1,43 @@
 """A transformers causal language model whose attention reads and writes our paged KV cache.
 
 The model is called on packed tokens, ``input_ids [1, T]``; ``attention_interface`` leads its layers
-to ``PagedStep``. At load time the model is run once on a few tokens to learn each layer's KV shape,
-and once more against its own eager attention: a family that does not go through the attention
-interface, has recurrent state, or computes something else through it is refused by name instead of
-answering wrongly.
+to ``PagedStep``. At load time it is run on a few tokens (``model_probe``), which yields the KV
+shape of each layer and compares its logits with those of its own eager attention: a family that
+does not go through the attention interface, has recurrent state, or computes something else through
+it is refused by name instead of answering wrongly.
 """
 
 import inspect
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from antiphon.errors import StepAbandonedError, UnsupportedModelError
-from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures
+from antiphon.kernels.attention_batch import AttentionFeatures
 from antiphon.kernels.kernel_set import KernelSet
-from antiphon.kernels.paged_kv import PagedKV, Rotary
-from antiphon.kernels.reference import prefill_attention, write_kv
+from antiphon.kernels.paged_kv import Rotary
 from antiphon.workers.attention_interface import ATTENTION_NAME, attending, defer_rotation
 from antiphon.workers.few_rows import patch_linears
 from antiphon.workers.forward_batch import ForwardBatch
-from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
+from antiphon.workers.kv_cache import KVCache, KVLayout
 from antiphon.workers.model_patches import patch_model
+from antiphon.workers.model_probe import Probe
 
 logger = logging.getLogger(__name__)
 
-_PROBE_TOKENS = 12
 # fp32 attention in another order differs by about 1e-6 of the logits' size; a wrong mask by more.
+# In 16 bits rounding hides much: with tiny weights Falcon-H1's lost state is 0.17. So what
+# transformers and the configuration say of a family is asked too (refuse_state, and below it).
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 # These RoPE variants change their frequencies with the longest position in the batch, so packed
 # requests would disturb one another beyond the original context.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_WINDOW_MASK = "create_sliding_window_causal_mask"  # of transformers, for models to import
 
 
 class PagedStep:
@@ -43,14 +47,15 @@ class PagedStep:
         self,
         kernels: KernelSet,
         cache: KVCache,
-        batch: AttentionBatch,
+        batch: ForwardBatch,
         is_abandoned: Callable[[], bool],
     ) -> None:
         self._kernels = kernels
         self._cache = cache
-        self._batch = batch
+        self._batch = batch.attention
         self._is_abandoned = is_abandoned
         self.rotary: Rotary | None = None  # of the layer that attends next
+        self.positions = batch.position_ids[0]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
@@ -67,31 +72,6 @@ class PagedStep:
         query = self._kernels.write_kv(query, key, value, kv, slots, rotary)
         self.rotary = None
         return self._kernels.paged_attention(query, kv, self._batch, features)
-
-
-class _Probe:
-    """Records each layer's KV shape while attending over one unpaged prompt."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, LayerLayout] = {}
-        self.num_calls = 0
-        self.num_q_heads = 0
-        self.rotary: Rotary | None = None
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, features: AttentionFeatures
-    ) -> Tensor:
-        self.num_calls += 1
-        self.layers[layer] = LayerLayout(key.shape[1], key.shape[2], value.shape[2])
-        self.num_q_heads = max(self.num_q_heads, query.shape[1])
-        num_tokens = query.shape[0]
-        slots = torch.arange(num_tokens, device=query.device)
-        table = torch.zeros(1, 1, dtype=torch.int32, device=query.device)
-        batch = AttentionBatch(0, (0, num_tokens), (num_tokens,), table, (0,), slots)
-        kv = PagedKV(torch.empty_like(key[None]), torch.empty_like(value[None]))
-        query = write_kv(query, key, value, kv, slots, self.rotary)
-        self.rotary = None
-        return prefill_attention(query, kv, batch, features)
 
 
 class PagedModel:
@@ -121,12 +101,17 @@ class PagedModel:
                 f"model family {self.family!r}: its forward() takes no position_ids and "
                 "logits_to_keep, so prompts cannot be packed"
             )
+        refuse_state(model)
+        probe = Probe(self.config.vocab_size, self.device)
         with torch.inference_mode():
-            expected = self._eager_logits()
+            expected = self._eager_logits(probe)
             self.patched = patch_model(model, kernels, defer_rotation)
             if self.device.type == "cpu":
                 patch_linears(model)
-            self.layout = KVLayout(self._probe(expected), model.dtype, model.dtype)
+            self._check(probe, expected)
+        self.num_q_heads = probe.num_q_heads
+        layers = tuple(layout for _, layout in sorted(probe.layers.items()))
+        self.layout = KVLayout(layers, model.dtype, model.dtype)
 
     @torch.inference_mode()
     def forward(
@@ -145,7 +130,7 @@ class PagedModel:
         Raises:
             StepAbandonedError: ``is_abandoned`` said so; KV of the step is incomplete.
         """
-        with attending(PagedStep(self.kernels, cache, batch.attention, is_abandoned)):
+        with attending(PagedStep(self.kernels, cache, batch, is_abandoned)):
             return self._logits(
                 batch.input_ids, batch.position_ids, batch.logit_rows, self._no_mask
             )
@@ -163,44 +148,70 @@ class PagedModel:
         logits: Tensor = output.logits[0]
         return logits
 
-    def _probe(self, expected: Tensor) -> tuple[LayerLayout, ...]:
-        """Learn the KV shapes and check the answers against the model as it came."""
-        probe = _Probe()
+    def _eager_logits(self, probe: Probe) -> Tensor:
+        try:
+            self.model.set_attn_implementation("eager")
+            return probe.at_once(partial(self._logits, mask=None))
+        except Exception as error:
+            raise self._unsupported(f"it cannot run on packed tokens: {error}") from error
+
+    def _check(self, probe: Probe, expected: Tensor) -> None:
+        """Run the probe, and hold its answers against those of the model as it came."""
         try:
             self.model.set_attn_implementation(ATTENTION_NAME)
-            with attending(probe):
-                actual = self._logits(*self._probe_input(), self._no_mask)
+            actual = probe.in_steps(partial(self._logits, mask=self._no_mask))
         except UnsupportedModelError:
             raise
         except Exception as error:
             raise self._unsupported(f"it cannot use another attention: {error}") from error
-        self.num_q_heads = probe.num_q_heads
         num_layers = self.config.num_hidden_layers
-        if sorted(probe.layers) != list(range(num_layers)) or probe.num_calls != num_layers:
+        if not probe.saw_each_of(num_layers):
             raise self._unsupported(
                 f"{len(probe.layers)} of its {num_layers} layers use transformers' attention "
                 "interface; layers with recurrent state or attention of their own cannot be paged"
             )
+        refuse_untold_windows(self.model, probe.windows)
         difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
         if not difference <= _PROBE_TOLERANCE.get(actual.dtype, 1e-3):
             raise self._unsupported(
-                f"our attention and ops give other logits than its own (by {difference:.1e})"
+                "a prompt that our attention and ops compute in two steps, one beside another "
+                f"prompt, gets other logits than its own at once (by {difference:.1e})"
             )
-        return tuple(probe.layers[layer] for layer in range(num_layers))
-
-    def _probe_input(self) -> tuple[Tensor, Tensor, Tensor]:
-        positions = torch.arange(_PROBE_TOKENS, device=self.device)
-        return positions[None] * 7 % self.config.vocab_size, positions[None], positions
-
-    def _eager_logits(self) -> Tensor:
-        try:
-            self.model.set_attn_implementation("eager")
-            return self._logits(*self._probe_input(), None)
-        except Exception as error:
-            raise self._unsupported(f"it cannot run on packed tokens: {error}") from error
 
     def _unsupported(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"model family {self.family!r} cannot be served: {reason}")
+
+
+def refuse_state(model: Any) -> None:
+    """Raise ``UnsupportedModelError`` where transformers itself says that a family keeps state."""
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"model family {model.config.model_type!r} cannot be served: it keeps recurrent state, "
+            "which is neither paged nor handed over"
+        )
+
+
+def refuse_untold_windows(model: Any, told: Mapping[int, int | None]) -> None:
+    """Raise ``UnsupportedModelError`` where layers have a sliding window by their mask alone.
+
+    We read no masks, and a probe's prompt is too short to show what lies outside a window.
+
+    Args:
+        model: Of transformers.
+        told: The window that each layer hands to its attention.
+    """
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    masks = _WINDOW_MASK in vars(sys.modules[type(model).__module__])
+    if not masks or not window or window >= max_context_tokens(config):
+        return
+    types = getattr(config, "layer_types", None)  # where there are none, all layers are alike
+    slides = [layer for layer in told if not types or types[layer] == "sliding_attention"]
+    if any(told[layer] is None for layer in slides):
+        raise UnsupportedModelError(
+            f"model family {model.config.model_type!r} cannot be served with a sliding window of "
+            f"{window} tokens: it tells the window by a mask alone, and masks are not read"
+        )
 
 
 def max_context_tokens(config: Any) -> int:

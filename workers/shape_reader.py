@@ -17,7 +17,7 @@ from antiphon.errors import ConfigError, UnsupportedModelError
 from antiphon.workers.checkpoint import read_family, telling_why
 from antiphon.workers.model_files import read_config
 from antiphon.workers.model_shape import LayerShape, ModelShape
-from antiphon.workers.paged_model import max_context_tokens
+from antiphon.workers.paged_model import max_context_tokens, refuse_state, refuse_untold_windows
 
 _ATTENTION_NAME = "antiphon_shapes"
 _PROBE_TOKENS = 4
@@ -35,6 +35,7 @@ def read_shape(folder: Path) -> ModelShape:
     with telling_why(folder), torch.device("meta"):
         make: Any = AutoModel.from_config
         model = make(read_family(folder), dtype=torch.bfloat16, trust_remote_code=False).eval()
+    refuse_state(model)
     return _measure(model, raw.get("dtype") or raw.get("torch_dtype"))
 
 
@@ -70,10 +71,12 @@ def _expert_share(config: Any) -> float:
 
 def _layers(model: Any) -> tuple[LayerShape, ...]:
     seen: dict[int, LayerShape] = {}
+    windows: dict[int, int | None] = {}
 
     def record(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **features: Any
     ) -> tuple[Tensor, None]:
+        windows[module.layer_idx] = features.get("sliding_window")
         seen[module.layer_idx] = LayerShape(
             query.shape[1], key.shape[1], key.shape[3], value.shape[3]
         )
@@ -96,4 +99,5 @@ def _layers(model: Any) -> tuple[LayerShape, ...]:
             f"model family {model.config.model_type!r} cannot be served: {len(seen)} of its "
             f"{num_layers} layers use transformers' attention interface{reason}"
         )
+    refuse_untold_windows(model, windows)
     return tuple(seen[layer] for layer in range(num_layers))

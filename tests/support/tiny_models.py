@@ -22,7 +22,7 @@ _COMMON: dict[str, Any] = {
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _SLIDING = {"sliding_window": 12}
 
-# Windows and chunks are short, so that prompts of a few dozen tokens leave them.
+# Windows, chunks and scales are short, so that prompts of a few dozen tokens leave them.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -48,6 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "num_hidden_layers": 4,
         "attention_chunk_size": 16,
+        "floor_scale": 8,
+        "attn_scale": 0.5,
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
         "intermediate_size_mlp": 96,
@@ -73,7 +75,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 REFUSED: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 3, "n_head": 4},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
     "mamba": {"state_size": 8, "num_hidden_layers": 2},
+    "phimoe": {**_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_SLIDING,
+        "use_sliding_window": True,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 48,
+        **_MOE,
+    },
     "qwen3_next": {
         "num_hidden_layers": 4,
         "head_dim": 16,

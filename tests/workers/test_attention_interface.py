@@ -20,6 +20,7 @@ class Listener:
 
     def __init__(self) -> None:
         self.rotary: Rotary | None = None
+        self.positions = torch.empty(0)
         self.heard: list[tuple[int, torch.Size, AttentionFeatures]] = []
 
     def attend(

@@ -66,6 +66,29 @@ def test_family_without_paged_attention_is_refused_by_name(family: str) -> None:
         PagedModel(tiny_model(family), TorchKernels())
 
 
+def test_state_that_a_family_does_not_tell_of_shows_in_its_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("falcon_h1")
+    monkeypatch.setattr(type(model), "_is_stateful", False)
+    with pytest.raises(UnsupportedModelError, match=r"'falcon_h1' .* in two steps"):
+        PagedModel(model, TorchKernels())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phimoe", {"sliding_window": None}),
+        ("phimoe", {"sliding_window": 512}),  # as long as the context
+        ("qwen2_moe", {"use_sliding_window": False}),
+    ],
+)
+def test_a_window_that_hides_nothing_is_no_reason_to_refuse(
+    family: str, changes: dict[str, Any]
+) -> None:
+    assert PagedModel(tiny_model(family, **changes), TorchKernels()).max_context_tokens == 512
+
+
 def test_a_step_that_nobody_waits_for_ends_between_layers() -> None:
     """And what it left half computed is never taken for a cached prefix."""
     model, tokens = expected("llama")
