@@ -18,6 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,6 +50,7 @@ def convert_gguf(source: Path, target: Path, progress: Callable[[str], None]) ->
     Raises:
         ConfigError: The file cannot be read, or holds something that is not known by name; what was
             written into ``target`` so far is incomplete.
+        OSError: ``target`` cannot be written.
     """
     progress(f"reading {source.name}")
     reader, metadata = _read(source)
@@ -61,7 +63,10 @@ def convert_gguf(source: Path, target: Path, progress: Callable[[str], None]) ->
     num_bytes = sum(tensor.nbytes for tensor in weights.values())
     progress(f"writing {num_bytes / 1e6:.0f} MB of safetensors")
     weights_path = target / "model.safetensors"
-    save_file(weights, weights_path, metadata={"format": "pt"})
+    try:
+        save_file(weights, weights_path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its own, also for what the operating system says
+        raise OSError(str(error)) from error
     shutil.copymode(target / "config.json", weights_path)  # save_file makes it private to the user
 
 

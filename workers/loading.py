@@ -63,7 +63,7 @@ def _context_limit(config: ModelConfig, model: PagedModel) -> int:
     if limit > model.max_context_tokens:
         raise ConfigError(
             f"model.max_context_tokens: got {limit}; the model's own limit is "
-            f"{model.max_context_tokens}"
+            f"{model.max_context_tokens}, from max_position_embeddings and RoPE in its config.json"
         )
     return limit
 

@@ -1,7 +1,9 @@
 """Text to tokens and back, for processes that must not import torch or transformers.
 
-Reads the files of a resolved model folder: tokenizer.json alone decides how text is split;
-tokenizer_config.json, generation_config.json and the chat template add the special tokens.
+Reads the files of a resolved model folder: tokenizer.json alone decides how text is split, and
+whether a prompt begins with BOS (as in transformers 5, which drops add_bos_token where there is a
+tokenizer.json); tokenizer_config.json, generation_config.json and the chat template add the special
+tokens.
 
 Streaming keeps a window of tokens since the last point where the text was complete, with the piece
 before it as context (SentencePiece decoders strip a leading space). Text is emitted up to the first
@@ -10,6 +12,7 @@ complete, the window moves on. What was emitted is never taken back. Special tok
 window: they have no text, so it would grow by each of a run of them, and be decoded again for each.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,10 @@ from antiphon.errors import ConfigError, InvalidParameterError
 from antiphon.workers.chat_template import ChatTemplate
 from antiphon.workers.model_files import read_json
 
+logger = logging.getLogger(__name__)
+
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+_CHANNEL = "<|channel|>"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 
 
@@ -43,6 +49,17 @@ class Tokenizer:
         self._eos_token_ids = self._find_eos_token_ids(folder, special_tokens.get("eos_token"))
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_token_ids = frozenset(i for i, token in added.items() if token.special)
+        if config.get("add_bos_token") and not self.encode(""):
+            logger.warning(
+                "prompts of /v1/completions begin without %s: tokenizer_config.json has "
+                "add_bos_token, but tokenizer.json adds none, and decides; a prompt may contain it",
+                special_tokens.get("bos_token"),
+            )
+        if _CHANNEL in (source or ""):
+            logger.warning(
+                "this model answers in channels (%s), which are not told apart: a reply's text is "
+                "reasoning, the names of channels and the answer in one", _CHANNEL,
+            )  # fmt: skip
 
     @property
     def vocab_size(self) -> int:

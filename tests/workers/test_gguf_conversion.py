@@ -5,10 +5,12 @@ import json
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from antiphon.errors import ConfigError
+from antiphon.workers import gguf_conversion
 from antiphon.workers.gguf_conversion import convert_gguf
 from antiphon.workers.tokenizer import Tokenizer
 
@@ -170,6 +172,15 @@ def test_progress_names_every_long_step(writer, target):
     lines = []
     convert_gguf(writer.write(_model("llama")), target, lines.append)
     assert [line.split()[0] for line in lines] == ["reading", "dequantising", "writing"]
+
+
+def test_weights_that_cannot_be_written_are_an_error_of_the_disk(writer, target, monkeypatch):
+    def save_file(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(gguf_conversion, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left"):
+        convert_gguf(writer.write(_model("llama")), target, _ignore)
 
 
 PRE_TOKENIZERS = {

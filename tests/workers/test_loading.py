@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from antiphon.config import EngineConfig
+from antiphon.config import EngineConfig, ModelConfig
 from antiphon.errors import ConfigError
 from antiphon.workers import loading
 from antiphon.workers.kv_cache import KVLayout, LayerLayout
@@ -42,6 +42,14 @@ def test_a_gpu_that_was_not_reserved_or_cannot_be_used_is_no_matter_of_silence(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="num_gpus: 1 is reserved, but torch sees no GPU"):
         _device_name(EngineConfig(), 1.0)
+
+
+def test_a_context_beyond_the_models_own_names_what_limits_it() -> None:
+    """Whoever adds YaRN to config.json has to raise max_position_embeddings too."""
+    model: Any = SimpleNamespace(max_context_tokens=32768)
+    assert loading._context_limit(ModelConfig(), model) == 32768
+    with pytest.raises(ConfigError, match=r"got 131072; .* 32768, from max_position_embeddings"):
+        loading._context_limit(ModelConfig(max_context_tokens=131072), model)
 
 
 def test_workers_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from antiphon.errors import ConfigError, InvalidParameterError
@@ -308,6 +308,33 @@ def test_files_of_other_makers(sentencepiece_folder):
     assert tokenizer.eos_token_ids == (5, 7, 260)
     assert tokenizer.encode("bbbb") == [260] * 4  # not truncated to 2
     assert tokenizer.encode_chat([{"role": "user", "content": "x"}]) == [260]
+
+
+@pytest.mark.parametrize("add_bos_token", [True, False])
+def test_bos_is_as_in_transformers_and_a_doubt_is_logged(tmp_path, caplog, add_bos_token):
+    """DeepSeek's folders ask for a BOS beside a tokenizer.json that adds none."""
+    fast = FastTokenizer(models.BPE({"a": 0, "b": 1}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.post_processor = processors.ByteLevel()
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<s>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>"}
+    config |= {"add_bos_token": add_bos_token}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("ab") == AutoTokenizer.from_pretrained(tmp_path).encode("ab") == [0, 1]
+    assert tokenizer.encode("<s>ab") == [2, 0, 1]
+    assert ("begin without <s>" in caplog.text) == add_bos_token
+
+
+def test_answers_in_channels_are_warned_of(sentencepiece_folder, tmp_path, caplog):
+    (tmp_path / "tokenizer.json").write_bytes(
+        (sentencepiece_folder / "tokenizer.json").read_bytes()
+    )
+    (tmp_path / "chat_template.jinja").write_text("<|channel|>final<|message|>")
+    Tokenizer(tmp_path)
+    assert "answers in channels" in caplog.text
 
 
 def test_without_a_chat_template_completions_are_named(smollm2_path, tmp_path):
