@@ -35,15 +35,15 @@ CARD = WorkerCard(
 )
 REMOTE = RemotePrefill("p", 0.5, 0.25, 0.125, 16, 48)
 TIMING = RequestTiming("remote", 0.25, remote=REMOTE, failed=(FailedPrefill("q", "busy", 0.5),))
-OFFER = LinkOffer("gloo", "h:2", "l", "i", "w")
+OFFER = LinkOffer("h:2", "l", "i")
 LOAD = Load(1, 2, 3, 4, 5.5, 0.25)
 CLIENT_MESSAGES = [
     Hello(1, "ingress-1", True),
     Submit("r", [1, 2], SamplingParams(5)),
     Submit("r", [0], SamplingParams(1, 0.0, 0.5, 3, -(2**63), (2, 7)), (PrefillPeer("u", "i"),)),
     Submit("r", [1], SamplingParams(5), (), TraceContext("x", "00-ab-cd-01", "vendor=x")),
-    Prefill("r", "ab" * 16, [1, 2**32 - 1], 1, OFFER),
-    Prefill("r", "ab" * 16, [1], 0, OFFER, TraceContext("x")),
+    Prefill("ab" * 16, [1, 2**32 - 1], 1, OFFER),
+    Prefill("ab" * 16, [1], 0, OFFER, TraceContext("x")),
     PrefillPool((PrefillPeer("u", "i"), PrefillPeer("v", "j", "r", "key"))),
     Prewarm(OFFER),
     Abort("r"),
@@ -58,7 +58,7 @@ WORKER_MESSAGES = [
             RequestOutput("b", [2, 3], "stop", 16, TIMING),
         ]
     ),
-    PrefillDone("r", 16, 2**40, 0.5, 0.25),
+    PrefillDone(2**40, 0.25),
     Telemetry(3, True, [BlockHash(b"\0" * 16)], [BlockHash(b"\xff" * 16)], LOAD),
 ]
 

@@ -169,11 +169,8 @@ class PrefillClient:
         trace = wanted.attempt.context() if wanted.attempt is not None else None
         wanted.transfer_id = transfer_id
         session.send(
-            Prefill(
-                transfer_id, transfer_id, wanted.token_ids, first_token, link, trace,
-                wanted.request_id,
-            )
-        )  # fmt: skip
+            Prefill(transfer_id, wanted.token_ids, first_token, link, trace, wanted.request_id)
+        )
         return transfer
 
     async def _watch(self, transfer: _Transfer, deadline: float) -> None:

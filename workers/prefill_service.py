@@ -36,12 +36,10 @@ _TRANSFER_ID = re.compile("[0-9a-f]{32}")
 class _Job:
     session: Session
     message: Prefill
-    submitted_at: float
     num_pushed_tokens: int  # engine thread only
     trace: PrefillTrace | None
     pushed_at: float | None = None  # first, by the engine thread
     computed: Computed | None = None  # by the engine thread
-    num_cached_tokens: int = 0
     answer: str | None = None  # how it ended, once the decode worker knows
 
 
@@ -73,19 +71,19 @@ class PrefillService:
         try:
             # First, because the end of an opened transfer might overtake the refusal.
             self._engine.check_room()
-            self._sender.open(message.transfer_id, message.link, message.first_token)
+            self._sender.open(message.request_id, message.link, message.first_token)
         except AntiphonError as error:
             session.send(Refused(message.request_id, RefusalKind.BUSY, str(error)))
             logger.info("%s refused: %s", _named(message), error)
             return
         trace = self._tracing.prefill(message)
-        job = _Job(session, message, time.monotonic(), message.first_token, trace)
-        self._jobs[message.transfer_id] = job
-        session.request_ids.add(message.transfer_id)
+        job = _Job(session, message, message.first_token, trace)
+        self._jobs[message.request_id] = job
+        session.request_ids.add(message.request_id)
         try:
-            self._engine.add(Request(message.transfer_id, message.prompt_token_ids, sampling=None))
+            self._engine.add(Request(message.request_id, message.prompt_token_ids, sampling=None))
         except WorkerBusyError as error:  # the engine's thread has filled the queue since
-            self.on_refused(message.transfer_id, error)
+            self.on_refused(message.request_id, error)
 
     def prewarm(self, message: Prewarm) -> None:
         """Make a link that no transfer wants yet, in the background."""
@@ -118,7 +116,7 @@ class PrefillService:
             if job.answer is None:
                 job.answer = _GIVEN_UP
                 reason = "this worker is being stopped"
-                job.session.send(Refused(job.message.request_id, RefusalKind.MOVED, reason))
+                job.session.send(Refused(transfer_id, RefusalKind.MOVED, reason))
             self._loop.call_later(_HEAD_START_SECONDS, self.abort, transfer_id, "handed over")
         return len(transfer_ids)
 
@@ -127,7 +125,6 @@ class PrefillService:
         job = self._jobs.get(request.request_id)
         if job is None:
             return
-        job.num_cached_tokens = request.num_cached_tokens
         start, end = job.num_pushed_tokens, request.num_computed_tokens
         if end > start:
             self._sender.push(request.request_id, list(request.block_table), start, end)
@@ -148,7 +145,7 @@ class PrefillService:
             is_busy = isinstance(error, CapacityError)
             job.answer = "refused" if is_busy else "failed"
             kind = RefusalKind.BUSY if is_busy else RefusalKind.FAILED
-            job.session.send(Refused(job.message.request_id, kind, str(error)))
+            job.session.send(Refused(transfer_id, kind, str(error)))
             level = logging.INFO if is_busy else logging.WARNING
             logger.log(level, "%s %s: %s", _named(job.message), kind, error)
             self._loop.call_later(_HEAD_START_SECONDS, self._sender.abort, transfer_id, "refused")
@@ -171,22 +168,19 @@ class PrefillService:
         job.session.request_ids.discard(transfer_id)
         if job.trace is not None:
             job.trace.end(_outcome(job, error), job.computed, job.pushed_at, num_bytes)
-        request_id = job.message.request_id
         if error is None:
-            elapsed = time.monotonic() - job.submitted_at
-            done = PrefillDone(request_id, job.num_cached_tokens, num_bytes, elapsed, seconds)
-            job.session.send(done)
+            job.session.send(PrefillDone(num_bytes, seconds))
         elif job.answer is None:
             logger.warning("%s failed: %s", _named(job.message), error)
             kind = RefusalKind(_outcome(job, error))
-            job.session.send(Refused(request_id, kind, str(error)))
+            job.session.send(Refused(transfer_id, kind, str(error)))
 
     def _problem(self, message: Prefill) -> str | None:
         num_tokens = len(message.prompt_token_ids)
-        if not _TRANSFER_ID.fullmatch(message.transfer_id):
-            return "transfer_id: must be 32 hex digits"
-        if message.transfer_id in self._jobs:
-            return "transfer_id: already in use on this worker"
+        if not _TRANSFER_ID.fullmatch(message.request_id):
+            return "request_id: must be 32 hex digits"
+        if message.request_id in self._jobs:
+            return "request_id: already in use on this worker"
         if not 0 <= message.first_token < num_tokens:
             return f"first_token {message.first_token} is outside the {num_tokens} tokens"
         # A prompt that can never fit would keep all those behind it waiting.
@@ -196,7 +190,7 @@ class PrefillService:
 def _named(message: Prefill) -> str:
     """For logs: the request, its transfer and who wants it."""
     peer = message.link.receiver_name or message.link.address
-    return f"request {message.wanted_by or 'unknown'}: transfer {message.transfer_id} to {peer}"
+    return f"request {message.wanted_by or 'unknown'}: transfer {message.request_id} to {peer}"
 
 
 def _outcome(job: _Job, error: Exception | None) -> str:

@@ -46,7 +46,7 @@ class WorkerTracing:
         began_at = time.monotonic()
         attributes: dict[str, Attribute] = {
             "antiphon.first_token": message.first_token,
-            "antiphon.transfer_id": message.transfer_id,  # what this worker's log calls it
+            "antiphon.transfer_id": message.request_id,  # what this worker's log calls it
         }
         span = self._begin("prefill worker", message, began_at, attributes)
         return PrefillTrace(span, began_at) if span is not None else None

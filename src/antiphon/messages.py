@@ -25,7 +25,7 @@ import msgspec
 from antiphon.block_hash import BlockHash
 from antiphon.request_timing import RequestTiming
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_PREFILL_CANDIDATES = 3  # of one request
 
 
@@ -148,11 +148,9 @@ class Submit(_Message, frozen=True):
 class LinkOffer(msgspec.Struct, frozen=True):
     """How a sender reaches the receiver that offers the link."""
 
-    transport: str
     address: str  # of the rendezvous, host:port
     link_id: str  # fresh for every pair and every rebuild
     receiver_incarnation: str
-    wire_fingerprint: str  # model, layers, heads, head_dim, wire dtype, protocol
     segment_bytes: int = 4 << 20  # the largest payload that the receiver takes
     receiver_name: str = ""  # replica id, for people
 
@@ -160,8 +158,7 @@ class LinkOffer(msgspec.Struct, frozen=True):
 class Prefill(_Message, frozen=True):
     """Compute KV for ``prompt_token_ids`` and send that of tokens ``first_token`` onwards."""
 
-    request_id: str
-    transfer_id: str  # 32 hex digits
+    request_id: str  # of the transfer: 32 hex digits, fresh for every attempt
     prompt_token_ids: list[int]  # without the prompt's last token, which decode computes
     first_token: int
     link: LinkOffer
@@ -236,13 +233,10 @@ class StepOutput(_Message, frozen=True):
 
 
 class PrefillDone(_Message, frozen=True):
-    """All segments of a transfer have crossed the link."""
+    """All segments of a transfer have crossed the link: what that says of its speed."""
 
-    request_id: str
-    num_cached_tokens: int
     num_sent_bytes: int
-    total_seconds: float  # from the message's arrival to the last segment having crossed
-    send_seconds: float  # of those, in which the link was busy with its segments
+    send_seconds: float  # in which the link was busy with them
 
 
 class Telemetry(_Message, frozen=True):

@@ -116,9 +116,9 @@ def test_a_malformed_request_is_refused_and_its_neighbours_go_on() -> None:
         seeded = Submit("seeded", [5], SamplingParams(2, seed=2**63))
         client.session.send(seeded)
         asker = await Client.connect(prefill)
-        offer = LinkOffer("memory", "d", "link", decode.card.incarnation, "")
+        offer = LinkOffer("d", "link", decode.card.incarnation)
         for transfer_id, prompt in (("zz", [5, 6]), (uuid.uuid4().hex, [5, -6])):
-            asker.session.send(Prefill(transfer_id, transfer_id, prompt, 0, offer))
+            asker.session.send(Prefill(transfer_id, prompt, 0, offer))
         await client.finish(*bad, "seeded", neighbour)
         await asker.wait_until(lambda: len(asker.ended) == 2)
         assert {client.ended[i].split(":")[0] for i in [*bad, "seeded"]} == {"invalid"}

@@ -51,8 +51,8 @@ def test_a_transfer_that_ended_as_time_ran_out_is_not_lost(monkeypatch: pytest.M
         peer = PrefillPeer("ws://nowhere", "prefill-1")
         fetching = asyncio.create_task(client.fetch(peer, wanted, deadline=100.0))
         await until(lambda: len(session.sent) == 1)
-        pair.sender.open(session.sent[0].transfer_id, session.sent[0].link, 0)
-        pair.send_all(session.sent[0].transfer_id, [3, 1], 0, 8)
+        pair.sender.open(session.sent[0].request_id, session.sent[0].link, 0)
+        pair.send_all(session.sent[0].request_id, [3, 1], 0, 8)
         await until(lambda: not pair.completed.empty())
         now[0] = 100.0
         with pytest.raises(PrefillFailedError, match="no time is left; 8 tokens had come"):

@@ -122,7 +122,6 @@ class GlooTransport:
             able to reach it. Nothing is authenticated: use a private network.
     """
 
-    name = "gloo"
     place = Place.HOST
 
     def __init__(self, host: str) -> None:

@@ -233,7 +233,6 @@ class MemoryTransport:
         plan: Faults of every link that this transport connects.
     """
 
-    name = "memory"
     place = Place.HOST
 
     def __init__(self, network: MemoryNetwork, address: str, plan: FaultPlan | None = None) -> None:

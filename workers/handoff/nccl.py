@@ -207,7 +207,6 @@ class NcclTransport(GlooTransport):
         ConfigError: From ``check_nccl``.
     """
 
-    name = "nccl"
     place = Place.DEVICE
 
     def __init__(self, host: str, parts: NcclParts | None = None) -> None:

@@ -84,11 +84,9 @@ class ReceiverLink:
     def offer(self, address: str) -> LinkOffer:
         """How its sender reaches it, given the transport's address."""
         return LinkOffer(
-            transport=self._endpoint.transport.name,
             address=address,
             link_id=self.link_id,
             receiver_incarnation=self._endpoint.incarnation,
-            wire_fingerprint=self._endpoint.wire.fingerprint,
             segment_bytes=self._receiver.limits.segment_bytes,
             receiver_name=self._endpoint.name,
         )

@@ -90,7 +90,6 @@ class Link(ABC):
 class Transport(Protocol):
     """Makes links."""
 
-    name: str
     place: Place
 
     @property

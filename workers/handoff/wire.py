@@ -1,6 +1,5 @@
 """What sender and receiver must agree on before a byte of KV crosses."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 
@@ -24,11 +23,6 @@ class WireFormat:
     model_fingerprint: str
     layers: tuple[tuple[int, int, int], ...]
     dtype: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal exactly for formats that are compatible."""
-        return hashlib.blake2b(self.describe(), digest_size=16).hexdigest()
 
     def describe(self) -> bytes:
         """The format as the handshake sends it; ``check_peer`` reads it."""
