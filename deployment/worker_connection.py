@@ -169,9 +169,7 @@ def _joined(queue: asyncio.Queue[_Item], item: _Item) -> RequestOutput:
 def _refusal(message: Refused) -> AntiphonError:
     match message.kind:
         case RefusalKind.BUSY:
-            error = WorkerBusyError(message.reason)
-            error.retry_after_seconds = message.retry_after_seconds
-            return error
+            return WorkerBusyError(message.reason)
         case RefusalKind.DRAINING:
             return WorkerDrainingError(message.reason)
         case RefusalKind.MOVED:

@@ -50,7 +50,7 @@ CLIENT_MESSAGES = [
 ]
 WORKER_MESSAGES = [
     Welcome(CARD),
-    Refused("r", "busy", "full", 2.5),
+    Refused("r", "busy", "full"),
     StepOutput([]),
     StepOutput(
         [

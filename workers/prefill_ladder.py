@@ -182,7 +182,7 @@ class PrefillLadder:
     ) -> None:
         outcome = Outcome(error.outcome)
         if outcome is Outcome.BUSY:
-            self._shunned.busy(peer.incarnation, error.retry_after_seconds)
+            self._shunned.busy(peer.incarnation)
         elif outcome is Outcome.DRAINING:
             self._shunned.leaving(peer.incarnation)
         elif outcome not in _UNSHUNNED:

@@ -40,7 +40,7 @@ _REFUSALS = {
 
 def refusal(message: Refused) -> PrefillFailedError:
     """What a prefill worker that refuses, or gives a prompt back, means."""
-    return PrefillFailedError(_REFUSALS[message.kind], message.reason, message.retry_after_seconds)
+    return PrefillFailedError(_REFUSALS[message.kind], message.reason)
 
 
 def explained(error: AntiphonError, *, is_late: bool) -> PrefillFailedError:

@@ -56,12 +56,11 @@ class ShunnedPeers:
             seconds = min(2 * record.seconds, self._longest_seconds)
         self._record(incarnation, seconds, seconds)
 
-    def busy(self, incarnation: str, retry_after_seconds: float) -> None:
-        """Leave a peer alone for as long as it asked for; that is no failure."""
+    def busy(self, incarnation: str) -> None:
+        """Leave a peer alone for as long as after a first failure; but this is none."""
         if not self.is_shunned(incarnation):
             record = self._records.get(incarnation)
-            wait = min(retry_after_seconds, self._longest_seconds)
-            self._record(incarnation, wait, record.seconds if record else 0.0)
+            self._record(incarnation, self._first_seconds, record.seconds if record else 0.0)
 
     def leaving(self, incarnation: str) -> None:
         """Shun a peer that will stop for as long as can be."""

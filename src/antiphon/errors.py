@@ -158,17 +158,15 @@ class PrefillFailedError(HandoffError):
     Args:
         outcome: How it failed, fit for a metric's label.
         message: The same in words.
-        retry_after_seconds: When the worker may be asked again, if it said so.
     """
 
-    def __init__(self, outcome: str, message: str, retry_after_seconds: float = 0.0) -> None:
+    def __init__(self, outcome: str, message: str) -> None:
         super().__init__(message)
         self.outcome = outcome
         self.message = message
-        self.retry_after_seconds = retry_after_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.outcome, self.message, self.retry_after_seconds)
+        return type(self), (self.outcome, self.message)
 
 
 class ConfigError(AntiphonError):

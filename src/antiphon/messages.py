@@ -213,7 +213,6 @@ class Refused(_Message, frozen=True):
     request_id: str
     kind: RefusalKind
     reason: str
-    retry_after_seconds: float = 1.0
 
 
 class RequestOutput(msgspec.Struct, frozen=True):

@@ -48,26 +48,25 @@ def test_a_success_and_a_new_incarnation_start_anew() -> None:
     assert shunned_for(peers, clock, "p") == 1
 
 
-def test_a_busy_peer_is_left_alone_for_as_long_as_it_asked_and_not_punished() -> None:
+def test_a_busy_peer_is_left_alone_for_a_second_and_not_punished() -> None:
     peers = ShunnedPeers(clock := Clock())
     for _ in range(3):
-        peers.busy("p", 2.5)
-        assert shunned_for(peers, clock, "p") == 2.5
-    peers.busy("p", 1e9)
-    assert shunned_for(peers, clock, "p") == 30
+        peers.busy("p")
+        assert shunned_for(peers, clock, "p") == 1
     peers.failed("p")
     assert shunned_for(peers, clock, "p") == 1
-    peers.busy("p", 0.5)
-    shunned_for(peers, clock, "p")
+    peers.busy("p")
+    assert shunned_for(peers, clock, "p") == 1
     peers.failed("p")
     assert shunned_for(peers, clock, "p") == 2, "being busy is no success either"
 
 
 def test_busy_shortens_no_penalty_and_a_leaving_peer_gets_the_longest() -> None:
     peers = ShunnedPeers(clock := Clock())
-    peers.failed("p")
-    peers.busy("p", 0.0)
-    assert peers.is_shunned("p")
+    for penalty in (1, 2):
+        peers.failed("p")
+        peers.busy("p")
+        assert shunned_for(peers, clock, "p") == penalty
     peers.leaving("p")
     assert shunned_for(peers, clock, "p") == 30
 
