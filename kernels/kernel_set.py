@@ -35,9 +35,6 @@ class AttentionShape:
 class KernelSet(Protocol):
     """What the engine calls. Shapes are documented once, at the ops in ``reference``."""
 
-    name: str
-    """For logs and metrics: torch, or target and pool such as sm_90/decode."""
-
     captures_graphs: bool
     """Whether a decode step reads nothing but tensors, so that a CUDA graph can replay it."""
 

@@ -13,14 +13,17 @@ from antiphon.kernels.attention_batch import (
 )
 from antiphon.kernels.block_rows import SideRows, make_side_rows
 from antiphon.kernels.kernel_set import AttentionShape
-from antiphon.kernels.paged_kv import PagedKV, Rotary, WireKV
+from antiphon.kernels.paged_kv import PagedKV, WireKV
 
 
 class TorchKernels:
     """See ``KernelSet``; every op is the reference."""
 
-    name = "torch"
     captures_graphs = False
+    write_kv = staticmethod(reference.write_kv)
+    rms_norm = staticmethod(reference.rms_norm)
+    add_rms_norm = staticmethod(reference.add_rms_norm)
+    silu_and_mul = staticmethod(reference.silu_and_mul)
 
     def __init__(self) -> None:
         self._rows: dict[int, tuple[SideRows, ...]] = {}
@@ -38,18 +41,6 @@ class TorchKernels:
     ) -> AttentionBatch:
         """Lay out a packed batch."""
         return make_attention_batch(tables, starts, counts, block_size, device)
-
-    def write_kv(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv: PagedKV,
-        slot_mapping: Tensor,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
-        """Rotate, then write to the cache."""
-        return reference.write_kv(query, key, value, kv, slot_mapping, rotary)
 
     def paged_attention(
         self, query: Tensor, kv: PagedKV, batch: AttentionBatch, features: AttentionFeatures
@@ -71,20 +62,6 @@ class TorchKernels:
     def scatter_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
         """Wire to cache."""
         reference.scatter_kv(layers, slots, wire, self._rows_of(layers))
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
-        """Normalise and scale."""
-        return reference.rms_norm(x, weight, eps, unit_offset)
-
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Add, then normalise and scale."""
-        return reference.add_rms_norm(x, residual, weight, eps, unit_offset)
-
-    def silu_and_mul(self, x: Tensor) -> Tensor:
-        """Gate and up."""
-        return reference.silu_and_mul(x)
 
     def _rows_of(self, layers: Sequence[PagedKV]) -> tuple[SideRows, ...] | None:
         key = layers[0].keys.data_ptr()

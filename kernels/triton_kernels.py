@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 from antiphon.errors import ConfigError
+from antiphon.kernels import rms_norm as norms
+from antiphon.kernels import silu_and_mul as gates
+from antiphon.kernels import write_kv as writing
 from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, KernelPlan
 from antiphon.kernels.decode_attention import decode_attention
 from antiphon.kernels.decode_plan import DecodeCapacity, plan_decode
 from antiphon.kernels.gather_kv import SideTable, gather_kv, make_side_tables
 from antiphon.kernels.kernel_set import AttentionShape
 from antiphon.kernels.launch import padded_dim
-from antiphon.kernels.paged_kv import PagedKV, Rotary, WireKV
+from antiphon.kernels.paged_kv import PagedKV, WireKV
 from antiphon.kernels.prefill_attention import prefill_attention
 from antiphon.kernels.prefill_plan import plan_prefill
-from antiphon.kernels.rms_norm import add_rms_norm, rms_norm
 from antiphon.kernels.scatter_kv import scatter_kv
-from antiphon.kernels.silu_and_mul import silu_and_mul
 from antiphon.kernels.tuning import AttentionConfigs, Role, Tuning, tuning_for
-from antiphon.kernels.write_kv import write_kv
 
 
 def make_triton_kernels(device: torch.device, role: Role) -> "TritonKernels":
@@ -46,9 +46,12 @@ class TritonKernels:
     """
 
     captures_graphs = True
+    write_kv = staticmethod(writing.write_kv)
+    rms_norm = staticmethod(norms.rms_norm)
+    add_rms_norm = staticmethod(norms.add_rms_norm)
+    silu_and_mul = staticmethod(gates.silu_and_mul)
 
     def __init__(self, tuning: Tuning, num_sms: int) -> None:
-        self.name = f"{tuning.target}/{tuning.role}"
         self._tuning = tuning
         self._num_sms = num_sms
         self._configs: AttentionConfigs | None = None
@@ -123,18 +126,6 @@ class TritonKernels:
             ),
         )
 
-    def write_kv(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv: PagedKV,
-        slot_mapping: Tensor,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
-        """Rotate, quantise and write in one launch."""
-        return write_kv(query, key, value, kv, slot_mapping, rotary)
-
     def paged_attention(
         self, query: Tensor, kv: PagedKV, batch: AttentionBatch, features: AttentionFeatures
     ) -> Tensor:
@@ -162,20 +153,6 @@ class TritonKernels:
     def scatter_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
         """Wire to cache, all layers of a shape in one launch."""
         scatter_kv(layers, slots, wire, self._tables_of(layers))
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
-        """Normalise and scale."""
-        return rms_norm(x, weight, eps, unit_offset)
-
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Add, then normalise and scale."""
-        return add_rms_norm(x, residual, weight, eps, unit_offset)
-
-    def silu_and_mul(self, x: Tensor) -> Tensor:
-        """Gate and up."""
-        return silu_and_mul(x)
 
     def _tables_of(self, layers: Sequence[PagedKV]) -> tuple[SideTable, ...]:
         key = layers[0].keys.data_ptr()
