@@ -84,7 +84,7 @@ class KernelSet(Protocol):
         ...
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """Add, then normalise the sum; returns the normalised sum, and the sum."""
         ...

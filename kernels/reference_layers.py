@@ -25,12 +25,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     return weight * normed.to(x.dtype)
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add, then normalise the sum; returns the normalised sum, and the sum."""
     total = residual + x
-    return rms_norm(total, weight, eps, unit_offset), total
+    return rms_norm(total, weight, eps), total
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -67,9 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     return _launch(x, None, weight, eps, unit_offset)[0]
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add, then normalise the sum.
 
     Args:
@@ -77,7 +75,6 @@ def add_rms_norm(
         residual: As ``x``.
         weight: ``[hidden_size]``.
         eps: Added to the mean square.
-        unit_offset: Scale by ``1 + weight``.
 
     Returns:
         The normalised sum, and the sum.
@@ -87,7 +84,7 @@ def add_rms_norm(
     """
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    return _launch(x, residual, weight, eps, unit_offset)
+    return _launch(x, residual, weight, eps, unit_offset=False)
 
 
 def _launch(
