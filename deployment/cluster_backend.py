@@ -13,14 +13,13 @@ from contextlib import aclosing
 from typing import Any
 
 from antiphon.config import RouterConfig
-from antiphon.deployment.arrivals import ARRIVAL_SECONDS
 from antiphon.deployment.cluster_metrics import ClusterCollector
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journey import Attempt, Journey
 from antiphon.deployment.replay import Replay, replay_reason
 from antiphon.deployment.request_spans import traced
 from antiphon.deployment.submission import describe, submission
-from antiphon.deployment.worker_sessions import WorkerSessions
+from antiphon.deployment.worker_sessions import ARRIVAL_SECONDS, WorkerSessions
 from antiphon.errors import (
     AntiphonError,
     CapacityError,

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Coroutine, Iterable, Mapping
 
-from antiphon.deployment.arrivals import Arrivals
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.worker_connection import WorkerConnection
 from antiphon.errors import AntiphonError, CapacityError, TelemetryGapError
@@ -25,6 +24,7 @@ from antiphon.workers.session import SILENCE_SECONDS
 
 logger = logging.getLogger(__name__)
 
+ARRIVAL_SECONDS = 5.0  # as long as a session may take to open
 _RECONNECT_SECONDS = (0.05, 2.0)  # first and longest pause
 _CLOSE_SECONDS = 5.0
 
@@ -51,7 +51,7 @@ class WorkerSessions:
         self._client_id = f"ingress-{uuid.uuid4().hex[:12]}"
         self._connections: dict[str, WorkerConnection] = {}
         self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
-        self._arrivals = Arrivals(lambda incarnation: view.get(incarnation) is not None)
+        self._expected_until: dict[str, float] = {}  # of those that generate
         self._kept: set[str] = set()  # incarnations that a task holds a session with
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -81,8 +81,18 @@ class WorkerSessions:
         return incarnation in self._listed
 
     def expect_worker(self, now: float) -> bool:
-        """Whether a worker that generates was just listed, and may be usable any moment."""
-        return self._arrivals.are_expected(now)
+        """Whether a worker that generates was just listed, and may be usable any moment.
+
+            listed ──session, first report──▶ usable     some 20 ms, for which requests may wait
+               └──────── 5 s ────────▶ nobody waits for it any more, but it is still tried
+
+        In an update Serve stops the last worker of before, then drops it in the message that lists
+        its successor. Without this, who asks in between is refused though a worker runs.
+        """
+        return any(
+            now < until and self._view.get(incarnation) is None
+            for incarnation, until in self._expected_until.items()
+        )
 
     def get(self, incarnation: str) -> WorkerConnection | None:
         """The session with a worker, if it is open."""
@@ -95,11 +105,12 @@ class WorkerSessions:
             if card.role is role and incarnation not in wanted:
                 # Route nothing more to it; requests that it still has may finish.
                 del self._listed[incarnation]
-                self._arrivals.unlisted(incarnation)
+                self._expected_until.pop(incarnation, None)
         for incarnation, card in wanted.items():
             self._listed[incarnation] = card
             self.retry_after.learn(card)
-            self._arrivals.listed(card, time.monotonic())
+            if card.role is not Role.PREFILL:  # the first time counts
+                self._expected_until.setdefault(incarnation, time.monotonic() + ARRIVAL_SECONDS)
             # A worker may be listed again while its session is still open: one is enough.
             if incarnation not in self._kept:
                 self._kept.add(incarnation)

@@ -16,7 +16,7 @@ from scripted_backend import CharTokenizer
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
-from antiphon.deployment import arrivals, cluster_backend
+from antiphon.deployment import cluster_backend, worker_sessions
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.http_planning import Planner
 from antiphon.deployment.ingress_metrics import IngressMetrics
@@ -362,7 +362,7 @@ def test_nobody_waits_long_for_a_worker_that_was_listed_and_does_not_come(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_model("llama")
-    monkeypatch.setattr(arrivals, "ARRIVAL_SECONDS", 0.3)
+    monkeypatch.setattr(worker_sessions, "ARRIVAL_SECONDS", 0.3)
     monkeypatch.setattr(cluster_backend, "ARRIVAL_SECONDS", 0.3)
 
     async def scenario() -> None:

@@ -12,7 +12,7 @@ from pools import assert_idle, start, until
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig, RouterConfig
-from antiphon.deployment import arrivals
+from antiphon.deployment import worker_sessions
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.errors import NoWorkerError, ServiceStoppingError, WorkerBusyError, WorkerLostError
@@ -174,7 +174,7 @@ def test_a_request_whose_only_worker_dies_is_told_when_to_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before anybody but the session knows of it."""
-    monkeypatch.setattr(arrivals, "ARRIVAL_SECONDS", 0.0)  # it has been here for long
+    monkeypatch.setattr(worker_sessions, "ARRIVAL_SECONDS", 0.0)  # it has been here for long
     model = tiny_model("llama")
 
     async def scenario() -> None:
