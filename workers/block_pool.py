@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import NewType
 
 from antiphon.block_hash import BlockHash
-from antiphon.errors import OutOfBlocksError
 
 BlockId = NewType("BlockId", int)
 
@@ -74,13 +73,12 @@ class BlockPool:
             self._ref_counts[block_id] += 1
 
     def allocate(self, num_blocks: int) -> list[BlockId]:
-        """Take blocks, evicting the least recently used cached ones. All or nothing.
+        """Take blocks, evicting the least recently used cached ones.
 
-        Raises:
-            OutOfBlocksError: Fewer than ``num_blocks`` are free; nothing was taken.
+        Args:
+            num_blocks: At most ``num_free``, which is for the caller to see to.
         """
-        if num_blocks > len(self._free):
-            raise OutOfBlocksError(num_blocks, len(self._free))
+        assert num_blocks <= len(self._free), f"{num_blocks} blocks of {len(self._free)} free ones"
         taken = [self._free.popitem(last=False)[0] for _ in range(num_blocks)]
         for block_id in taken:
             self._evict(block_id)

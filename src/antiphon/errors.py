@@ -7,7 +7,6 @@
     - UnknownModelError       no such model is served         -> 404
     - UnknownRequestError     no ingress remembers it         -> 404
   x CapacityError             retry later or elsewhere        -> HTTP 503 + Retry-After
-    - OutOfBlocksError        the block pool is used up
     - WorkerBusyError         a worker refused, with a reason
       . WorkerDrainingError   because it will stop
     - ServiceStoppingError    the whole endpoint is being stopped
@@ -32,6 +31,15 @@ from typing import Any
 class AntiphonError(Exception):
     """Base class; catch this at process boundaries only."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy must not go through the constructor: some take more than the message, which is all
+        # that ``args`` holds.
+        return _restored, (type(self), self.args), self.__dict__
+
+
+def _restored(kind: type[AntiphonError], args: tuple[Any, ...]) -> AntiphonError:
+    return kind.__new__(kind, *args)
+
 
 class RequestError(AntiphonError):
     """The client sent something that cannot be served as it is."""
@@ -43,10 +51,6 @@ class InvalidParameterError(RequestError):
     def __init__(self, parameter: str, message: str) -> None:
         super().__init__(f"{parameter}: {message}")
         self.parameter = parameter
-        self.message = message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.parameter, self.message)
 
 
 class PromptTooLongError(RequestError):
@@ -59,12 +63,7 @@ class PromptTooLongError(RequestError):
             f"the prompt has {num_prompt_tokens} tokens, but the context of this deployment holds "
             f"{max_context_tokens} tokens and at least one of them must be left for the output"
         )
-        self.num_prompt_tokens = num_prompt_tokens
-        self.max_context_tokens = max_context_tokens
         self.parameter = parameter
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.num_prompt_tokens, self.max_context_tokens, self.parameter)
 
 
 class UnknownModelError(RequestError):
@@ -72,11 +71,6 @@ class UnknownModelError(RequestError):
 
     def __init__(self, model: str, served: str) -> None:
         super().__init__(f"the model {model!r} does not exist; this endpoint serves {served!r}")
-        self.model = model
-        self.served = served
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model, self.served)
 
 
 class UnknownRequestError(RequestError):
@@ -93,18 +87,6 @@ class CapacityError(AntiphonError):
     """
 
     retry_after_seconds: float = 1.0
-
-
-class OutOfBlocksError(CapacityError):
-    """The block pool cannot serve an allocation."""
-
-    def __init__(self, requested: int, free: int) -> None:
-        super().__init__(f"requested {requested} KV blocks, {free} free")
-        self.requested = requested
-        self.free = free
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.requested, self.free)
 
 
 class WorkerBusyError(CapacityError):
@@ -142,10 +124,6 @@ class LayoutMismatchError(HandoffError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
-        self.message = message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reason, self.message)
 
 
 class SegmentRejectedError(HandoffError):
@@ -163,10 +141,6 @@ class PrefillFailedError(HandoffError):
     def __init__(self, outcome: str, message: str) -> None:
         super().__init__(message)
         self.outcome = outcome
-        self.message = message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.outcome, self.message)
 
 
 class ConfigError(AntiphonError):

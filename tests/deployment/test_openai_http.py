@@ -14,7 +14,6 @@ from antiphon.deployment.http_app import create_app
 from antiphon.errors import (
     LinkBrokenError,
     NoWorkerError,
-    OutOfBlocksError,
     PromptTooLongError,
     WorkerBusyError,
     WorkerLostError,
@@ -329,7 +328,6 @@ def test_a_prompt_needs_tokens_of_the_vocabulary(client):
 @pytest.mark.parametrize(
     ("raised", "status", "code"),
     [
-        (OutOfBlocksError(9, 1), 503, "overloaded"),
         (WorkerBusyError("12 requests wait"), 503, "overloaded"),
         (NoWorkerError("no decode worker"), 503, "no_worker"),
         (LinkBrokenError("10.1.2.3 is gone"), 502, "worker_failed"),
