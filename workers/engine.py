@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from antiphon.block_hash import BlockHash
-from antiphon.errors import AntiphonError, StepAbandonedError, WorkerBusyError
+from antiphon.errors import StepAbandonedError, WorkerBusyError
 from antiphon.messages import Load, RequestOutput
 from antiphon.workers.batch import Batch
 from antiphon.workers.block_pool import BlockPool
@@ -226,7 +226,7 @@ class Engine:
             return
         try:
             self._scheduler.add(request)
-        except (AntiphonError, ValueError) as error:
+        except ValueError as error:
             self._listener.on_refused(request.request_id, error)
 
     def _abort(self, request_id: str, keep_blocks: bool) -> None:

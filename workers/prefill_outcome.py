@@ -25,7 +25,7 @@ class Outcome(StrEnum):
     REJECTED = "rejected"  # it sent a segment that failed its checks
     STALLED = "stalled"
     TIMED_OUT = "timed_out"
-    NO_LINK = "no_link"  # this worker's own bound on links or transfers
+    NO_LINK = "no_link"  # this worker's own bound on links
 
 
 _REFUSALS = {

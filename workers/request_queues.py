@@ -7,21 +7,15 @@ it is FINISHED. A preempted one waits before all others.
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from antiphon.errors import WorkerBusyError
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
 
 _Queue = OrderedDict[str, Request]
 
 
 class RequestQueues:
-    """Iterates over the requests that are not finished, oldest first.
+    """Iterates over the requests that are not finished, oldest first."""
 
-    Args:
-        max_waiting: Requests that may wait; one may always.
-    """
-
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max(max_waiting, 1)
+    def __init__(self) -> None:
         self._requests: dict[str, Request] = {}
         places = [status for status in RequestStatus if status is not RequestStatus.FINISHED]
         self._queues: dict[RequestStatus, _Queue] = {status: OrderedDict() for status in places}
@@ -84,13 +78,10 @@ class RequestQueues:
         """Let a new request wait.
 
         Raises:
-            WorkerBusyError: The queue is full; nothing was taken.
             ValueError: The id is in use.
         """
         if request.request_id in self._requests:
             raise ValueError(f"request_id: {request.request_id!r} is already in use on this worker")
-        if self.num_waiting >= self._max_waiting:
-            raise WorkerBusyError(f"{self.num_waiting} requests are waiting here already")
         self._requests[request.request_id] = request
         self._queues[RequestStatus.WAITING][request.request_id] = request
 

@@ -39,7 +39,7 @@ class SchedulerConfig:
 
     max_batch_tokens: int = 512  # per step; decode steps run even above it
     max_num_requests: int = 64  # running at once, or about to: with KV on its way
-    max_waiting_requests: int = 256
+    max_waiting_requests: int = 256  # seen to before a request gets here
     max_awaiting_kv: int = 32
     prefix_cache: bool = True
 
@@ -62,7 +62,7 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.pool = pool
-        self.queues = RequestQueues(config.max_waiting_requests)
+        self.queues = RequestQueues()
         self._tables = BlockTables(pool, prefix_cache=config.prefix_cache)
         self._prompt_limit = prompt_limit
         self._prompts: list[Request] = []  # that had tokens to compute in the last step

@@ -18,7 +18,7 @@ from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 
 MAX_BLOCKS = 3  # of a transfer
 SETTLE_SECONDS = 100.0  # on the stepped clock; far beyond every time-out below
-RECEIVER_LIMITS = ReceiverLimits(timeout_seconds=5, io_timeout_seconds=2, max_pending=4)
+RECEIVER_LIMITS = ReceiverLimits(timeout_seconds=5, io_timeout_seconds=2)
 SENDER_LIMITS = SenderLimits(
     timeout_seconds=3, segment_bytes=3 * BYTES_PER_TOKEN, piece_bytes=2 * BYTES_PER_TOKEN
 )

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from antiphon.errors import WorkerBusyError
 from antiphon.messages import SamplingParams
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
 from antiphon.workers.request_queues import RequestQueues
@@ -14,8 +13,8 @@ def request(name: str, num_prompt: int = 4, path: PrefillPath = PrefillPath.LOCA
     return Request(name, [1] * num_prompt, SamplingParams(max_tokens=4), path)
 
 
-def queues_of(*requests: Request, max_waiting: int = 10) -> RequestQueues:
-    queues = RequestQueues(max_waiting)
+def queues_of(*requests: Request) -> RequestQueues:
+    queues = RequestQueues()
     for one in requests:
         queues.add(one)
     return queues
@@ -48,16 +47,6 @@ def test_what_is_finished_is_gone_and_its_id_is_free() -> None:
     queues.add(request("a"))
 
 
-@pytest.mark.parametrize("max_waiting", [0, 1, 2])
-def test_only_so_many_wait_but_one_always_may(max_waiting: int) -> None:
-    queues = queues_of(request("a"), max_waiting=max_waiting)
-    if max_waiting == 2:
-        queues.add(request("b"))
-    with pytest.raises(WorkerBusyError):
-        queues.add(request("c"))
-    assert "c" not in names(tuple(queues))
-
-
 def test_counts_say_what_is_queued_where() -> None:
     prefill = Request("p", [1] * 8, None)
     remote, local, decoding = request("r", 5, PrefillPath.REMOTE), request("l", 3), request("d", 6)
@@ -83,7 +72,7 @@ def test_a_status_that_changes_without_its_place_is_noticed() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_moves_lose_nobody(seed: int) -> None:
     rng = random.Random(seed)
-    queues = RequestQueues(1000)
+    queues = RequestQueues()
     alive: dict[str, Request] = {}
     for index in range(200):
         if not alive or rng.random() < 0.3:

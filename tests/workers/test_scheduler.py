@@ -3,7 +3,6 @@ import random
 import pytest
 from scheduling import make, prefill, request, step
 
-from antiphon.errors import WorkerBusyError
 from antiphon.messages import SamplingParams
 from antiphon.workers.block_pool import BlockPool
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
@@ -58,14 +57,6 @@ def test_a_small_rest_of_a_prompt_goes_along(max_batch_tokens, num_prompt_tokens
     step(scheduler)
     scheduler.add(request("b", num_prompt_tokens))
     assert [step(scheduler) for _ in pieces] == [[("a", 1), ("b", size)] for size in pieces]
-
-
-def test_full_queue_refuses_at_once() -> None:
-    scheduler = make(num_blocks=1, max_waiting_requests=1)
-    scheduler.add(request("a", 4))
-    with pytest.raises(WorkerBusyError, match="1 requests are waiting"):
-        scheduler.add(request("b", 4))
-    assert len(scheduler.queues) == 1
 
 
 def test_remote_request_reserves_all_its_blocks_then_waits_for_kv() -> None:

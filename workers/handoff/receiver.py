@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
-from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
+from antiphon.errors import HandoffError, LinkBrokenError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff.counters import HandoffCounters, LinkCounts, Tally
 from antiphon.workers.handoff.endpoint import Endpoint
@@ -99,16 +99,13 @@ class HandoffReceiver:
             The transfer, to be read only.
 
         Raises:
-            WorkerBusyError: The bound of pending transfers is reached, or no thread can be started;
-                the transfer is not live.
+            WorkerBusyError: No thread can be started; the transfer is not live.
             LinkBrokenError: The link is gone; get another offer.
         """
         now = time.monotonic()
         with self._lock:
             if transfer_id in self._transfers or not 0 <= start < end:
                 raise ValueError(f"transfer {transfer_id} [{start}, {end}) is live or empty")
-            if len(self._transfers) >= self.limits.max_pending:
-                raise WorkerBusyError(f"{len(self._transfers)} prompts are awaited from prefill")
             link = self._links.get(link_id)
             if link is None or self._closed:
                 raise LinkBrokenError(f"link {link_id} is gone; ask for a new offer")

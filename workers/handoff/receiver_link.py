@@ -37,7 +37,6 @@ class ReceiverLimits:
 
     timeout_seconds: float = 60.0  # from expect to END
     io_timeout_seconds: float = 10.0  # for set-up and handshake; for a payload beside its header
-    max_pending: int = 32
     max_links: int = 64
     segment_bytes: int = Place.HOST.segment_bytes  # the largest payload; a link stages two
 
@@ -46,7 +45,6 @@ class ReceiverLimits:
         """What is configured, with segments that suit where the transport wants payload."""
         return cls(
             timeout_seconds=config.timeout_seconds,
-            max_pending=config.max_pending,
             max_links=config.max_links,
             segment_bytes=place.segment_bytes,
         )
