@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from antiphon.config import AntiphonConfig, RouterConfig
-from antiphon.config_loading import load_config, parse_config, read_yaml
+from antiphon.config_loading import parse_config, read_yaml
 from antiphon.errors import ConfigError
 
 
@@ -54,16 +54,16 @@ def test_all_problems_are_named_at_once():
 def test_files_are_read_and_named_in_errors(tmp_path: Path):
     path = tmp_path / "pools.yaml"
     path.write_text("prefill: {replicas: 3}\n")
-    assert load_config(path).prefill.replicas == 3
+    assert parse_config(read_yaml(path)).prefill.replicas == 3
     path.write_text("prefill: {replicas: many}\n")
     with pytest.raises(ConfigError, match=r"pools\.yaml:\n  prefill\.replicas: got 'many'"):
-        load_config(path)
+        parse_config(read_yaml(path), str(path))
 
 
 def test_an_empty_file_is_the_default(tmp_path: Path):
     path = tmp_path / "empty.yaml"
     path.write_text("# nothing here\n")
-    assert load_config(path) == AntiphonConfig()
+    assert parse_config(read_yaml(path)) == AntiphonConfig()
 
 
 @pytest.mark.parametrize(

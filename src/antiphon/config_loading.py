@@ -28,15 +28,6 @@ def parse_config(data: Mapping[str, Any] | None, origin: str = "configuration") 
         raise ConfigError(_explain(error, origin)) from None
 
 
-def load_config(path: Path) -> AntiphonConfig:
-    """Read and check a YAML file.
-
-    Raises:
-        ConfigError: The file is missing, is not YAML, or does not describe a deployment.
-    """
-    return parse_config(read_yaml(path), str(path))
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 

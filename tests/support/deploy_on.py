@@ -11,14 +11,14 @@ from pathlib import Path
 import ray
 from network import enter
 
-from antiphon.config_loading import load_config
+from antiphon.config_loading import parse_config, read_yaml
 from antiphon.deployment.launcher import _deploy
 
 
 def main(namespace: str, address: str, config: Path) -> None:
     enter(namespace)
     ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    _deploy(load_config(config), address, threading.Event())
+    _deploy(parse_config(read_yaml(config), str(config)), address, threading.Event())
 
 
 if __name__ == "__main__":
