@@ -18,9 +18,8 @@ from antiphon.workers.engine import Engine
 from antiphon.workers.engine_metrics import EngineCollector, worker_state
 from antiphon.workers.generate_service import GenerateLimits, GenerateService
 from antiphon.workers.handoff.endpoint import Endpoint
-from antiphon.workers.handoff.gloo import GlooTransport
-from antiphon.workers.handoff.nccl import NcclTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
+from antiphon.workers.handoff.selection import make_transport
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.handoff.wire import WireFormat
@@ -54,19 +53,9 @@ async def start_worker(settings: WorkerSettings) -> Worker:
         ConfigError: Model or settings cannot be used; says what to change.
     """
     loaded = await asyncio.to_thread(load, settings)
-    transport = make_transport(settings)
+    transport = make_transport(settings.handoff.transport, settings.host)
     await asyncio.to_thread(lambda: transport.address)  # torch looks up names: 9 s if none answers
     return await run_worker(settings, loaded, transport)
-
-
-def make_transport(settings: WorkerSettings) -> Transport:
-    """What the configuration says carries KV.
-
-    Raises:
-        ConfigError: It can't work here.
-    """
-    transport = NcclTransport if settings.handoff.transport == "nccl" else GlooTransport
-    return transport(settings.host)
 
 
 async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transport) -> Worker:

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from antiphon.deployment.doctor.clock_server import ClockServer, look
 from antiphon.deployment.doctor.facts import PathFacts
-from antiphon.deployment.doctor.link_probe import make_transport, measure_link, serve_link
+from antiphon.deployment.doctor.link_probe import measure_link, serve_link
 from antiphon.deployment.doctor.machine import look_around
+from antiphon.workers.handoff.selection import make_transport
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.model_shape import ModelShape
 from antiphon.workers.model_source import config_folder

@@ -12,8 +12,6 @@ import time
 import torch
 
 from antiphon.errors import AntiphonError
-from antiphon.workers.handoff.gloo import GlooTransport
-from antiphon.workers.handoff.nccl import NcclTransport
 from antiphon.workers.handoff.transport import Link, Place, Transport
 
 logger = logging.getLogger(__name__)
@@ -22,15 +20,6 @@ _PIECE_BYTES = 8 << 20
 _NUM_PIECES = 8
 _NUM_ROUND_TRIPS = 20
 _EXCHANGES = (*[0] * _NUM_ROUND_TRIPS, 1, _NUM_PIECES)  # pieces in each
-
-
-def make_transport(name: str, host: str) -> Transport:
-    """What carries KV.
-
-    Raises:
-        ConfigError: It cannot work here.
-    """
-    return NcclTransport(host) if name == "nccl" else GlooTransport(host)
 
 
 def serve_link(transport: Transport, link_id: str, timeout_seconds: float) -> None:
