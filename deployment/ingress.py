@@ -27,18 +27,13 @@ from antiphon.deployment.http_app import Guard, create_app
 from antiphon.deployment.http_auth import ApiKeyMiddleware
 from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal
-from antiphon.deployment.metrics_targets import (
-    AskAll,
-    IngressAddress,
-    MetricsServer,
-    Siblings,
-    discovered,
-)
+from antiphon.deployment.metrics_targets import AskAll, IngressAddress, Siblings, discovered
 from antiphon.deployment.request_search import add_request_route
 from antiphon.messages import Role, WorkerCard
 from antiphon.router.serve_discovery import WorkerWatch
 from antiphon.tracing import effective, start_tracing
 from antiphon.vllm_names import VllmCollector
+from antiphon.workers.metrics_server import MetricsServer
 from antiphon.workers.model_source import resolve_model
 from antiphon.workers.tokenizer import Tokenizer
 
@@ -138,8 +133,8 @@ class IngressProcess:
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         replica_id, host = self._placement.replica_id, self._placement.host
-        host_port = await self._server.listen(host, self._ports)
-        self._address = IngressAddress(replica_id, host, host_port)
+        port = await self._server.listen(host, self._ports)
+        self._address = IngressAddress(replica_id, host, f"{host}:{port}")
         self._siblings = Siblings(self._address, self._placement.ask_ingresses)
         watches = {Role(r): _watch(self.backend, Role(r), pool) for r, pool in self._pools.items()}
         self.backend.count_wanted(

@@ -15,9 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
-from aiohttp import web
 
-from antiphon.listening import ANY_PORT, listen
 from antiphon.messages import WorkerCard
 
 logger = logging.getLogger(__name__)
@@ -31,31 +29,6 @@ class IngressAddress(msgspec.Struct, frozen=True):
     replica_id: str
     node: str
     host_port: str
-
-
-class MetricsServer:
-    """Serves ``/metrics`` of this process on a port of its own."""
-
-    def __init__(self, render: Callable[[], bytes]) -> None:
-        self._render = render
-        self._runner: web.AppRunner | None = None
-
-    async def listen(self, host: str, ports: Sequence[int] = ANY_PORT) -> str:
-        """Take the first free port; return where it is, ``host:port``."""
-        app = web.Application()
-        app.router.add_get("/metrics", self._serve)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-        await self._runner.setup()
-        await web.SockSite(self._runner, listen(host, ports)).start()
-        return f"{host}:{self._runner.addresses[0][1]}"
-
-    async def close(self) -> None:
-        """Give the port back."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-
-    async def _serve(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._render(), content_type="text/plain", charset="utf-8")
 
 
 AskAll = Callable[..., Awaitable[Sequence[Any]]]  # seconds, a method's name, its arguments

@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 
 from antiphon.errors import LinkBrokenError
-from antiphon.listening import ANY_PORT, listen
+from antiphon.listening import ANY_PORT
 from antiphon.messages import (
     PROTOCOL_VERSION,
     ClientMessage,
@@ -26,6 +26,7 @@ from antiphon.messages import (
     decode_worker_message,
     encode,
 )
+from antiphon.workers.metrics_server import MetricsServer
 from antiphon.workers.session_channel import Channel
 from antiphon.workers.session_key import knows_key, with_key
 from antiphon.workers.session_refusals import SessionRefusals
@@ -82,11 +83,11 @@ class SessionServer:
         silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         self._silence_seconds = silence_seconds
-        self._metrics = metrics
         self._session_key = session_key
         self._refusals = SessionRefusals(on_refused)
+        self._server = MetricsServer(metrics, self._refusals.http_logger())
+        self._server.app.router.add_get("/session", self._session)
         self._handler: SessionHandler | None = None
-        self._runner: web.AppRunner | None = None
         self._sessions: set[Session] = set()
 
     @property
@@ -96,16 +97,7 @@ class SessionServer:
 
     async def listen(self, host: str, ports: Sequence[int] = ANY_PORT) -> int:
         """Take the first free port; sessions are answered once ``serve`` has named a handler."""
-        app = web.Application()
-        app.router.add_get("/session", self._session)
-        app.router.add_get("/metrics", self._serve_metrics)
-        self._runner = web.AppRunner(
-            app, access_log=None, shutdown_timeout=1.0, logger=self._refusals.http_logger()
-        )
-        await self._runner.setup()
-        await web.SockSite(self._runner, listen(host, ports)).start()
-        bound: int = self._runner.addresses[0][1]
-        return bound
+        return await self._server.listen(host, ports)
 
     def serve(self, handler: SessionHandler) -> None:
         """Start answering."""
@@ -114,11 +106,7 @@ class SessionServer:
     async def close(self) -> None:
         """Close every session and the port."""
         await asyncio.gather(*(session.close() for session in tuple(self._sessions)))
-        if self._runner is not None:
-            await self._runner.cleanup()
-
-    async def _serve_metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._metrics(), content_type="text/plain", charset="utf-8")
+        await self._server.close()
 
     async def _session(self, request: web.Request) -> web.StreamResponse:
         if not knows_key(request.headers, self._session_key):

@@ -12,13 +12,9 @@ from tiny_models import tiny_model
 from antiphon.config import RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.ingress_metrics import IngressMetrics
-from antiphon.deployment.metrics_targets import (
-    IngressAddress,
-    MetricsServer,
-    Siblings,
-    discovered,
-)
+from antiphon.deployment.metrics_targets import IngressAddress, Siblings, discovered
 from antiphon.messages import Role
+from antiphon.workers.metrics_server import MetricsServer
 
 OWN = IngressAddress("i0", "10.0.0.1", "10.0.0.1:1")
 OTHER = IngressAddress("i1", "10.0.0.2", "10.0.0.2:2")
@@ -62,9 +58,9 @@ def test_an_ingress_of_another_version_hides_no_other() -> None:
 def test_an_ingress_takes_the_first_free_port_of_those_it_may_have() -> None:
     async def scenario() -> None:
         first, second = (MetricsServer(lambda: b"up 1\n") for _ in range(2))
-        taken = int((await first.listen("127.0.0.1")).rpartition(":")[2])
+        taken = await first.listen("127.0.0.1")
         ports = range(taken, taken + 50)
-        found = int((await second.listen("127.0.0.1", ports)).rpartition(":")[2])
+        found = await second.listen("127.0.0.1", ports)
         assert found in ports[1:]
         async with httpx.AsyncClient() as client:
             assert (await client.get(f"http://127.0.0.1:{found}/metrics")).text == "up 1\n"
@@ -79,7 +75,8 @@ def test_workers_are_targets_whether_connected_or_not_and_serve_their_metrics() 
 
     async def scenario() -> None:
         worker, server = await start(Role.COLOCATED, model), MetricsServer(IngressMetrics().render)
-        own = IngressAddress("i0", "127.0.0.1", await server.listen("127.0.0.1"))
+        port = await server.listen("127.0.0.1")
+        own = IngressAddress("i0", "127.0.0.1", f"127.0.0.1:{port}")
         roles = {Role.COLOCATED}
         backend = ClusterBackend("tiny", RouterConfig(), roles, IngressMetrics())
         gone = msgspec.structs.replace(

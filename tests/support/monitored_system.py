@@ -27,15 +27,10 @@ from antiphon.config import EngineConfig, HandoffConfig, RouterConfig
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.http_app import create_app
 from antiphon.deployment.ingress_metrics import IngressMetrics
-from antiphon.deployment.metrics_targets import (
-    AskAll,
-    IngressAddress,
-    MetricsServer,
-    Siblings,
-    discovered,
-)
+from antiphon.deployment.metrics_targets import AskAll, IngressAddress, Siblings, discovered
 from antiphon.messages import Role, WorkerCard
 from antiphon.workers.handoff.gloo import GlooTransport
+from antiphon.workers.metrics_server import MetricsServer
 from antiphon.workers.worker import Worker
 
 ROLES = {Role.PREFILL, Role.DECODE, Role.COLOCATED}
@@ -75,8 +70,8 @@ class Ingress:
     async def start(self) -> None:
         """Listen, for clients and for Prometheus."""
         self._metrics_server = MetricsServer(self.metrics.render)
-        host_port = await self._metrics_server.listen("127.0.0.1")
-        self.address = IngressAddress(self._name, "node-1", host_port)
+        scraped_at = await self._metrics_server.listen("127.0.0.1")
+        self.address = IngressAddress(self._name, "node-1", f"127.0.0.1:{scraped_at}")
         siblings = Siblings(self.address, self._ask_all)
 
         @self._app.get("/metrics/targets")
