@@ -4,6 +4,7 @@ import asyncio
 import time
 
 import pytest
+from memory_transport import Fault, FaultPlan
 from pools import until
 from tiny_models import tiny_model
 from two_pools import backend_over, close, pair
@@ -12,7 +13,6 @@ from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.deployment.journey import PARTS, Journey
 from antiphon.messages import SamplingParams
 from antiphon.request_timing import RequestTiming
-from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.worker import Worker
 
 PROMPT = [5 + i for i in range(48)]

@@ -11,13 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+from memory_transport import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from pools import assert_idle, start, until
 from tiny_models import tiny_model
 from two_pools import backend_over, close, http_client
 
 from antiphon.config import HandoffConfig
 from antiphon.messages import Role
-from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.worker import Worker
 
 NUM_PROMPT_TOKENS = 40

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from collector import Collector, Received, collecting
 from crew import watch
+from memory_transport import Fault, FaultPlan
 from pools import start, until
 from tiny_models import tiny_model
 from two_pools import backend_over, close, http_client, pair
@@ -25,7 +26,6 @@ from antiphon.errors import WorkerBusyError
 from antiphon.messages import Role
 from antiphon.tracing import effective, start_tracing
 from antiphon.workers.batch import Batch
-from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.worker import Worker
 
 PROMPT = [40 + i for i in range(48)]

@@ -14,6 +14,7 @@ import pytest
 from handoff_world import MAX_BLOCKS, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_transport import Fault
 from stepped_threads import stepped
 from torch import Tensor
 from turns import Choose
@@ -22,7 +23,6 @@ from antiphon.errors import HandoffError
 from antiphon.workers.handoff.endpoint import SegmentTarget
 from antiphon.workers.handoff.incoming import Incoming
 from antiphon.workers.handoff.link_table import LinkTable
-from antiphon.workers.handoff.memory import Fault
 from antiphon.workers.handoff.receiver_link import ReceiverLink
 from antiphon.workers.handoff.segment import Header
 from antiphon.workers.handoff.sender import HandoffSender
@@ -115,7 +115,7 @@ def play(world: World, program: Sequence[Action]) -> None:
 
 
 def explore(schedule: Schedule, program: Sequence[Action], faults: dict[int, Fault]) -> World:
-    with stepped(schedule.choices(), "antiphon.workers.handoff") as turns:
+    with stepped(schedule.choices(), "antiphon.workers.handoff", "memory_transport") as turns:
         world = World(turns, faults)
         play(world, program)
         world.settle()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from crew import total, watch
+from memory_transport import Fault, FaultPlan
 from msgspec import structs
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import oracle, tiny_model
@@ -27,7 +28,6 @@ from two_pools import (
 
 from antiphon.config import EngineConfig, HandoffConfig
 from antiphon.messages import PrefillPeer, Role
-from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.worker import Worker
 
 PROMPT = [5 + i for i in range(45)]

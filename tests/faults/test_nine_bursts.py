@@ -6,13 +6,13 @@ from collections.abc import Coroutine
 from typing import Any
 
 from crew import watch
+from memory_transport import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import oracle, tiny_model
 from two_pools import SLOW_STEP_SECONDS, close
 
 from antiphon.config import EngineConfig, HandoffConfig
 from antiphon.messages import Role
-from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 
 PROMPT = [5 + i for i in range(45)]  # three blocks of 16
 LATE_PROMPT = [120 - i for i in range(45)]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from faulty_transport import FaultyTransport, OnReceived, OnSend
+from memory_transport import MemoryNetwork, MemoryTransport
 from msgspec import structs
 from pools import start, until
 from session_proxy import SessionProxy
@@ -28,7 +29,6 @@ from antiphon.router.decision import Decision
 from antiphon.router.policy import Policy
 from antiphon.workers.batch import Batch
 from antiphon.workers.handoff.gloo import GlooTransport
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.worker import Worker
 

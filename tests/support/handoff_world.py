@@ -7,12 +7,12 @@ import contextlib
 import uuid
 
 from handoff_pair import BLOCK_SIZE, BYTES_PER_TOKEN, WIRE
+from memory_transport import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from owned_blocks import NUM_SOURCE_BLOCKS, SourceStore, TargetStore, Transfer
 from turns import Turns
 
 from antiphon.errors import AntiphonError, HandoffError
 from antiphon.workers.handoff.endpoint import Endpoint
-from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 

@@ -5,12 +5,12 @@ import random
 from collections.abc import Coroutine
 from typing import Any
 
+from memory_transport import FaultPlan, MemoryNetwork, MemoryTransport
 from pools import Client, assert_idle, peer_of, start
 from tiny_models import VOCAB_SIZE
 
 from antiphon.config import EngineConfig, HandoffConfig
 from antiphon.messages import PrefillPeer, Role
-from antiphon.workers.handoff.memory import FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.worker import Worker
 
 MAX_TOKENS = 6

@@ -165,13 +165,13 @@ def fake_time(turns: Turns) -> SimpleNamespace:
 
 
 @contextlib.contextmanager
-def stepped(choose: Choose, package: str) -> Iterator[Turns]:
-    """Put the modules of a package on stepped threads and their clock."""
+def stepped(choose: Choose, *names: str) -> Iterator[Turns]:
+    """Put modules, and all those of packages, on stepped threads and their clock."""
     turns = Turns(choose)
     fakes = {"threading": fake_threading(turns), "time": fake_time(turns)}
     replaced: list[tuple[Any, str, Any]] = []
-    for name, module in list(sys.modules.items()):
-        if name == package or name.startswith(f"{package}."):
+    for found, module in list(sys.modules.items()):
+        if any(found == name or found.startswith(f"{name}.") for name in names):
             for attribute, fake in fakes.items():
                 if attribute in vars(module):
                     replaced.append((module, attribute, vars(module)[attribute]))

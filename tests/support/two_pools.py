@@ -5,6 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 import httpx
+from memory_transport import FaultPlan, MemoryNetwork, MemoryTransport
 from pools import Client, start, until
 from scripted_backend import CharTokenizer
 
@@ -15,7 +16,6 @@ from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journal import Journal
 from antiphon.messages import Role, SamplingParams
 from antiphon.workers.batch import Batch
-from antiphon.workers.handoff.memory import FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.worker import Worker
 
 CHUNK_TOKENS = 16

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from crew import total
+from memory_transport import Fault, FaultPlan
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import tiny_model
 from two_pools import close, pair
@@ -15,7 +16,6 @@ from antiphon.config import HandoffConfig
 from antiphon.messages import Role
 from antiphon.workers import prefill_ladder, prefill_service
 from antiphon.workers.handoff import link_log
-from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.worker import Worker
 
 PROMPT = [5 + i for i in range(41)]

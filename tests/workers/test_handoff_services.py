@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from memory_transport import MemoryNetwork, MemoryTransport
 from pools import Client, assert_idle, peer_of, start, until
 from session_proxy import SessionProxy
 from tiny_models import oracle, tiny_model
@@ -14,7 +15,6 @@ from tiny_models import oracle, tiny_model
 from antiphon.config import EngineConfig
 from antiphon.errors import HandoffError, WorkerBusyError
 from antiphon.messages import LinkOffer, Prefill, PrefillPeer, Role, SamplingParams, Submit
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.sender import HandoffSender
 from antiphon.workers.peers import Peers
 

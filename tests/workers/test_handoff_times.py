@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from fault_cells import Step
 from faulty_transport import FaultyLink, FaultyTransport, Message, Send
+from memory_transport import MemoryNetwork, MemoryTransport
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import tiny_model
 
 from antiphon.config import EngineConfig
 from antiphon.messages import Role
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.worker import Worker
 
 PROMPT = [5 + i for i in range(41)]

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 from ladder_cluster import MAX_TOKENS, PROMPT, Cluster, run
+from memory_transport import Fault, FaultPlan
 from pools import until
 from tiny_models import oracle, tiny_model
 
 from antiphon.messages import PrefillPeer
 from antiphon.workers import peers
-from antiphon.workers.handoff.memory import Fault, FaultPlan
 
 NOWHERE = PrefillPeer("ws://127.0.0.1:9/session", "nobody")
 

@@ -9,6 +9,7 @@ import pytest
 from half_made_link import HalfMade
 from handoff_pair import Pair
 from ladder_cluster import run
+from memory_transport import MemoryNetwork, MemoryTransport
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import tiny_model
 
@@ -16,7 +17,6 @@ from antiphon.errors import PrefillFailedError
 from antiphon.messages import PrefillPeer, Role
 from antiphon.workers import prefill_client
 from antiphon.workers.handoff.gloo import GlooTransport
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.peers import Peers
 from antiphon.workers.prefill_client import PrefillClient, Wanted
 

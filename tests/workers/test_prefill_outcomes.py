@@ -5,12 +5,12 @@ import threading
 
 import pytest
 from ladder_cluster import MAX_TOKENS, PROMPT, Cluster, run
+from memory_transport import Fault, FaultPlan, MemoryTransport
 from pools import assert_idle, peer_of, start, until
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig
 from antiphon.messages import Role
-from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryTransport
 
 
 @pytest.mark.parametrize(

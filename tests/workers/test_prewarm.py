@@ -5,12 +5,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 from crew import total
+from memory_transport import MemoryNetwork, MemoryTransport
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import tiny_model
 
 from antiphon.config import HandoffConfig
 from antiphon.messages import PrefillPeer, PrefillPool, Role
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:

@@ -4,13 +4,13 @@ import asyncio
 from collections import Counter
 
 import pytest
+from memory_transport import MemoryNetwork, MemoryTransport
 from pools import Client, assert_idle, peer_of, start
 from scheduling import make, prefill, request, step
 from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig
 from antiphon.messages import Role
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
 from antiphon.workers.scheduler import Scheduler
 

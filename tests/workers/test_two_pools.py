@@ -6,13 +6,13 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from memory_transport import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from msgspec import structs
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import VOCAB_SIZE, oracle, tiny_model
 
 from antiphon.config import EngineConfig, HandoffConfig
 from antiphon.messages import PrefillPeer, Role
-from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 
 MAX_TOKENS = 8
 FAMILIES = ["llama", "gemma2", "gpt_oss", "deepseek_v3", "llama4_text", "qwen3_moe"]

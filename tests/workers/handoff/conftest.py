@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from handoff_pair import Pair, handoff_threads, wait_until
+from memory_transport import FaultPlan, MemoryNetwork, MemoryTransport
 from nccl_stand_in import stand_in_transport
 
 from antiphon.workers.handoff.gloo import GlooTransport
-from antiphon.workers.handoff.memory import FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.transport import Transport
 
 MakePair = Callable[..., Pair]

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from memory_transport import MemoryNetwork, MemoryTransport
 from torch import Tensor
 
 from antiphon.kernels.kernel_set import KernelSet
 from antiphon.kernels.paged_kv import QUANTISED_LIMITS, dequantise, quantise
 from antiphon.kernels.torch_kernels import TorchKernels
 from antiphon.workers.handoff.endpoint import Endpoint
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 from antiphon.workers.handoff.wire import WireFormat

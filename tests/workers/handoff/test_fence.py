@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 from handoff_pair import BYTES_PER_TOKEN, wait_until
+from memory_transport import Fault, FaultPlan
 
 from antiphon.errors import LinkBrokenError, SegmentRejectedError
-from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.handoff.receiver import ReceiverLimits
 from antiphon.workers.handoff.segment import Epochs, Header, Kind, as_tensor, checksum
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from handoff_pair import BLOCK_SIZE, Pair, handoff_threads, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_transport import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 
 from antiphon.errors import HandoffError, LinkBrokenError
-from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.receiver import ReceiverLimits
 
 NUM_TRANSFERS = 4

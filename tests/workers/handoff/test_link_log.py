@@ -4,9 +4,9 @@ import logging
 
 import pytest
 from handoff_pair import WIRE, wait_until
+from memory_transport import Fault, FaultPlan
 
 from antiphon.workers.handoff import link_log
-from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.handoff.receiver import ReceiverLimits
 from antiphon.workers.handoff.wire import WireFormat
 

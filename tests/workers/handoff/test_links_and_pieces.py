@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from handoff_pair import BYTES_PER_TOKEN, WIRE, FakeStore, Pair, wait_until
+from memory_transport import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 
 from antiphon.workers.handoff.endpoint import Endpoint
-from antiphon.workers.handoff.memory import Fault, FaultPlan, MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 

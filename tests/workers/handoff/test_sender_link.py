@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 from handoff_pair import Pair, wait_until
+from memory_transport import Fault, FaultPlan
 from msgspec import structs
 
 from antiphon.errors import HandoffError, LinkBrokenError, WorkerBusyError
 from antiphon.messages import LinkOffer
 from antiphon.workers.handoff import sender_link
-from antiphon.workers.handoff.memory import Fault, FaultPlan
 from antiphon.workers.handoff.sender import HandoffSender
 from antiphon.workers.handoff.sender_link import SenderLink
 

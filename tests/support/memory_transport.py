@@ -1,4 +1,4 @@
-"""Links inside one process, for tests: they lose, repeat, reorder, corrupt and break on demand.
+"""Links inside one process: they lose, repeat, reorder, corrupt and break on demand.
 
 Faults strike whole sends of the connecting end, that is a header with its payload, counted from
 0 on each link; send 0 is the handshake's.
