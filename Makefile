@@ -49,7 +49,7 @@ chart: $(INSTALLED)  ## write what is generated of the chart: a schema, a table,
 	PYTHONPATH=tests/support $(BIN)/python tests/helm/refresh.py
 
 dashboards: $(INSTALLED)  ## write the Grafana dashboards into the chart
-	$(BIN)/python tests/support/dashboard_files.py
+	$(BIN)/python helm/grafana/dashboard_files.py
 
 prometheus:  ## get Prometheus for the tests of rules and dashboards; no root, nothing installed
 	@tests/support/get_prometheus.sh

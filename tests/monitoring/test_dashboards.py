@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import dashboard_files
 import pytest
 from dashboard_queries import dashboards, metric_names, panel_queries, panels, rules
 from listed_metrics import metric_labels
+
+import dashboard_files
 
 GRID_COLUMNS = 24
 RUNBOOK_LINK = "${runbooks}#${__value.text}"

@@ -1,8 +1,8 @@
 """Pools: what each worker does, how full it is, and which one is unlike the others."""
 
-from antiphon.deployment.dashboards.board import Board, Section
-from antiphon.deployment.dashboards.panels import RED, YELLOW, Chart
-from antiphon.deployment.dashboards.queries import WORKERS, quantile, rate, total
+from dashboards.board import Board, Section
+from dashboards.panels import RED, YELLOW, Chart
+from dashboards.queries import WORKERS, quantile, rate, total
 
 _STEP = "antiphon_engine_step_seconds"
 

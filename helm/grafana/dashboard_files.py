@@ -5,14 +5,14 @@ from pathlib import Path
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
-from antiphon.deployment.dashboards.board import Board
-from antiphon.deployment.dashboards.hand_off import HAND_OFF
-from antiphon.deployment.dashboards.on_call import ON_CALL
-from antiphon.deployment.dashboards.overview import OVERVIEW
-from antiphon.deployment.dashboards.pools import POOLS
-from antiphon.deployment.dashboards.router import ROUTER
+from dashboards.board import Board
+from dashboards.hand_off import HAND_OFF
+from dashboards.on_call import ON_CALL
+from dashboards.overview import OVERVIEW
+from dashboards.pools import POOLS
+from dashboards.router import ROUTER
 
-FOLDER = Path(__file__).parents[2] / "helm/antiphon/dashboards"
+FOLDER = Path(__file__).parents[1] / "antiphon/dashboards"
 BOARDS = (OVERVIEW, POOLS, HAND_OFF, ROUTER, ON_CALL)
 
 

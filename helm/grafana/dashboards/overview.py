@@ -1,8 +1,8 @@
 """Overview: do users get what they should, and where does the time go?"""
 
-from antiphon.deployment.dashboards.board import Board, Section
-from antiphon.deployment.dashboards.panels import RED, YELLOW, Chart, PanelBuilder
-from antiphon.deployment.dashboards.queries import INGRESS, JOB, mean, quantiles, rate, share, total
+from dashboards.board import Board, Section
+from dashboards.panels import RED, YELLOW, Chart, PanelBuilder
+from dashboards.queries import INGRESS, JOB, mean, quantiles, rate, share, total
 
 TTFT = "antiphon_time_to_first_token_seconds"
 ITL = "antiphon_inter_token_latency_seconds"

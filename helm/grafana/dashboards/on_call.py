@@ -1,14 +1,14 @@
 """On call: is it us, which pool, since when, and which runbook."""
 
-from antiphon.deployment.dashboards.board import Board, Section
-from antiphon.deployment.dashboards.overview import (
+from dashboards.board import Board, Section
+from dashboards.overview import (
     failing,
     missing_a_target,
     requests_by_outcome,
     ttft_by_part,
 )
-from antiphon.deployment.dashboards.panels import RED, YELLOW, Chart
-from antiphon.deployment.dashboards.queries import JOB, rate, total
+from dashboards.panels import RED, YELLOW, Chart
+from dashboards.queries import JOB, rate, total
 
 # An alert about everything that is gone has no job.
 _OURS = 'alertname=~"Antiphon.*", job=~"$job|"'

@@ -7,7 +7,7 @@ from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import dashboard as models
 
-from antiphon.deployment.dashboards.panels import DATASOURCE, PanelBuilder
+from dashboards.panels import DATASOURCE, PanelBuilder
 
 TAG = "antiphon"
 RUNBOOKS = "docs/runbooks.md"  # replaced by whoever publishes that page

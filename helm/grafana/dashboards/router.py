@@ -1,8 +1,8 @@
 """Router: what it knows, what it decides, and how right it was."""
 
-from antiphon.deployment.dashboards.board import Board, Section
-from antiphon.deployment.dashboards.panels import RED, YELLOW, Chart
-from antiphon.deployment.dashboards.queries import JOB, quantile, quantiles, rate, share, total
+from dashboards.board import Board, Section
+from dashboards.panels import RED, YELLOW, Chart
+from dashboards.queries import JOB, quantile, quantiles, rate, share, total
 
 _PREDICTED = "antiphon_router_predicted_time_to_first_token_seconds_total"
 _ACTUAL = "antiphon_router_actual_time_to_first_token_seconds_total"

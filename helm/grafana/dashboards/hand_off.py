@@ -1,8 +1,8 @@
 """Hand-off: KV between the pools, every rung of the ladder, and what was thrown away."""
 
-from antiphon.deployment.dashboards.board import Board, Section
-from antiphon.deployment.dashboards.panels import RED, YELLOW, Chart
-from antiphon.deployment.dashboards.queries import (
+from dashboards.board import Board, Section
+from dashboards.panels import RED, YELLOW, Chart
+from dashboards.queries import (
     JOB,
     WORKERS,
     quantile,
