@@ -1,7 +1,7 @@
 """What the attention ops know about a packed batch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -203,6 +203,42 @@ class AttentionBatch:
     scratch: Scratch = field(default_factory=Scratch)
 
 
+def pack_batch(
+    tables: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    counts: Sequence[int],
+    block_size: int,
+    device: torch.device,
+) -> AttentionBatch:
+    """Lay out a packed batch; what only one set of ops reads is for that set to add.
+
+    Args:
+        tables: Block ids of each request, enough for its old and new tokens.
+        starts: Tokens already in the cache, per request; rising among those with one new token,
+            which come first. -1 for a request without context, whose token gets no slot: it fills
+            the batch of a captured graph.
+        counts: New tokens per request.
+        block_size: Tokens per block.
+        device: Where the cache lives.
+    """
+    seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
+    slots = [
+        -1 if start < 0 else table[position // block_size] * block_size + position % block_size
+        for table, start, end in zip(tables, starts, seq_lens, strict=True)
+        for position in range(start, end)
+    ]
+    width = max(1, *map(len, tables))
+    rows = [[*table, *[0] * (width - len(table))] for table in tables]
+    return AttentionBatch(
+        num_decode_requests=next((i for i, n in enumerate(counts) if n != 1), len(counts)),
+        cu_seqlens_q=tuple(accumulate(counts, initial=0)),
+        seq_lens=tuple(seq_lens),
+        block_tables=torch.tensor(rows, dtype=torch.int32, device=device),
+        first_slots=(None,) * len(counts),
+        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+    )
+
+
 def make_attention_batch(
     tables: Sequence[Sequence[int]],
     starts: Sequence[int],
@@ -210,40 +246,21 @@ def make_attention_batch(
     block_size: int,
     device: torch.device,
 ) -> AttentionBatch:
-    """Lay out a packed batch for the torch ops; requests with one new token come first.
-
-    Args:
-        tables: Block ids of each request, enough for its old and new tokens.
-        starts: Tokens already in the cache, per request; rising among those with one new token.
-        counts: New tokens per request.
-        block_size: Tokens per block.
-        device: Where the cache lives.
-    """
-    num_decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-    seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
-    slots = [
-        table[position // block_size] * block_size + position % block_size
-        for table, start, end in zip(tables, starts, seq_lens, strict=True)
-        for position in range(start, end)
-    ]
-    used = [table[: -(-end // block_size)] for table, end in zip(tables, seq_lens, strict=True)]
-    width = max(map(len, used))
-    block_tables = torch.tensor(
-        [[*table, *[0] * (width - len(table))] for table in used], dtype=torch.int32, device=device
+    """Lay out a packed batch for the torch ops; arguments as of ``pack_batch``."""
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    used = [table[: -(-end // block_size)] for table, end in zip(tables, ends, strict=True)]
+    batch = pack_batch(used, starts, counts, block_size, device)
+    decoding = ends[: batch.num_decode_requests]
+    prefixes = find_shared_prefixes(
+        decoding, tables[: len(decoding)], block_size, SHARED_PREFIX_MIN_TOKENS
     )
-    return AttentionBatch(
-        num_decode_requests=num_decode,
-        cu_seqlens_q=tuple(accumulate(counts, initial=0)),
-        seq_lens=tuple(seq_lens),
-        block_tables=block_tables,
+    return replace(
+        batch,
         first_slots=tuple(t[0] * block_size if _is_run(t) else None for t in used),
-        slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
-        decode_groups=group_decodes(seq_lens[:num_decode], block_tables, block_size),
+        decode_groups=group_decodes(decoding, batch.block_tables, block_size),
         shared_prefixes=tuple(
             prefix
-            for prefix in find_shared_prefixes(
-                seq_lens[:num_decode], tables[:num_decode], block_size, SHARED_PREFIX_MIN_TOKENS
-            )
+            for prefix in prefixes
             if (len(prefix.members) - 1) * prefix.num_tokens >= SHARED_PREFIX_MIN_SAVED
         ),
         scratch=Scratch(device),

@@ -1,7 +1,7 @@
 """The set of Triton ops of one pool on one architecture."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,12 @@ from antiphon.errors import ConfigError
 from antiphon.kernels import rms_norm as norms
 from antiphon.kernels import silu_and_mul as gates
 from antiphon.kernels import write_kv as writing
-from antiphon.kernels.attention_batch import AttentionBatch, AttentionFeatures, KernelPlan
+from antiphon.kernels.attention_batch import (
+    AttentionBatch,
+    AttentionFeatures,
+    KernelPlan,
+    pack_batch,
+)
 from antiphon.kernels.decode_attention import decode_attention
 from antiphon.kernels.decode_plan import DecodeCapacity, plan_decode
 from antiphon.kernels.gather_kv import SideTable, gather_kv, make_side_tables
@@ -88,16 +93,11 @@ class TritonKernels:
         block_size: int,
         device: torch.device,
     ) -> AttentionBatch:
-        """Lay out a packed batch and plan its launches.
-
-        A request that starts at -1 has no context: it fills the batch of a captured graph.
-        """
+        """Lay out a packed batch and plan its launches."""
         assert self._configs is not None, "prepare() comes first"
         assert self._capacity is not None
-        num_decode = next((i for i, count in enumerate(counts) if count != 1), len(counts))
-        seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
-        width = max(1, *map(len, tables))
-        rows = [[*table, *[0] * (width - len(table))] for table in tables]
+        batch = pack_batch(tables, starts, counts, block_size, device)
+        num_decode, seq_lens = batch.num_decode_requests, batch.seq_lens
         prefill = decode = None
         if num_decode:
             decode = plan_decode(
@@ -108,23 +108,13 @@ class TritonKernels:
             prefill = plan_prefill(
                 counts[num_decode:], seq_lens[num_decode:], num_decode, block_m, device
             )
-        cu_seqlens = list(accumulate(counts, initial=0))
-        return AttentionBatch(
-            num_decode_requests=num_decode,
-            cu_seqlens_q=tuple(cu_seqlens),
-            seq_lens=tuple(seq_lens),
-            block_tables=torch.tensor(rows, dtype=torch.int32, device=device),
-            first_slots=(None,) * len(counts),
-            slot_mapping=torch.tensor(
-                _slots(tables, starts, counts, block_size), dtype=torch.int64, device=device
-            ),
-            plan=KernelPlan(
-                seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
-                cu_seqlens_q=torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
-                prefill=prefill,
-                decode=decode,
-            ),
+        plan = KernelPlan(
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+            cu_seqlens_q=torch.tensor(batch.cu_seqlens_q, dtype=torch.int32, device=device),
+            prefill=prefill,
+            decode=decode,
         )
+        return replace(batch, plan=plan)
 
     def paged_attention(
         self, query: Tensor, kv: PagedKV, batch: AttentionBatch, features: AttentionFeatures
@@ -159,16 +149,3 @@ class TritonKernels:
         if key not in self._side_tables:  # one cache for the life of a worker
             self._side_tables = {key: make_side_tables(layers)}
         return self._side_tables[key]
-
-
-def _slots(
-    tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], block_size: int
-) -> list[int]:
-    slots = []
-    for table, start, count in zip(tables, starts, counts, strict=True):
-        if start < 0:
-            slots += [-1] * count
-            continue
-        for position in range(start, start + count):
-            slots.append(table[position // block_size] * block_size + position % block_size)
-    return slots
