@@ -48,8 +48,8 @@ class ChatTemplate:
         except TemplateError as error:
             raise ConfigError(f"the model's chat template is not valid: {error}") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """Return the prompt's text.
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the prompt's text, up to where the answer begins.
 
         Raises:
             InvalidParameterError: There are no messages, or the template refuses them.
@@ -62,9 +62,7 @@ class ChatTemplate:
         ]
         values = {"tools": None, "documents": None, **self._special_tokens}
         try:
-            return self._template.render(
-                messages=chat, add_generation_prompt=add_generation_prompt, **values
-            )
+            return self._template.render(messages=chat, add_generation_prompt=True, **values)
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise InvalidParameterError(
                 "messages", f"the model's chat template cannot render them: {error}"

@@ -80,9 +80,7 @@ class Tokenizer:
         """Tokenise ``text``; the names of special tokens in it become those tokens."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Apply the chat template and tokenise.
 
         Raises:
@@ -92,7 +90,7 @@ class Tokenizer:
             raise InvalidParameterError(
                 "messages", "this model has no chat template; send a prompt to /v1/completions"
             )
-        text = self._template.render(messages, add_generation_prompt)
+        text = self._template.render(messages)
         try:
             text.encode()
         except UnicodeEncodeError:

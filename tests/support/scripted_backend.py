@@ -26,7 +26,7 @@ class CharTokenizer:
     def encode(self, text, add_special_tokens=True):
         return [ord(char) for char in text]
 
-    def encode_chat(self, messages, add_generation_prompt=True):
+    def encode_chat(self, messages):
         turns = [f"{message['role'][0]}:{message['content']}" for message in messages]
         return self.encode("\n".join(turns) + "\n>")
 

@@ -132,10 +132,9 @@ def test_round_trip_and_transformers_agree(tokenizer, reference, text):
 
 
 @pytest.mark.parametrize("messages", MESSAGES)
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_chat_is_that_of_transformers(tokenizer, reference, messages, add_generation_prompt):
-    expected = reference.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
-    assert tokenizer.encode_chat(messages, add_generation_prompt) == expected["input_ids"]
+def test_chat_is_that_of_transformers(tokenizer, reference, messages):
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True)
+    assert tokenizer.encode_chat(messages) == expected["input_ids"]
 
 
 TEMPLATES = [
@@ -154,12 +153,12 @@ TEMPLATES = [
 def test_other_templates_render_as_in_transformers(reference, source, messages):
     template = ChatTemplate(source, reference.special_tokens_map)
     expected = reference.apply_chat_template(messages, chat_template=source, tokenize=False)
-    assert template.render(messages, add_generation_prompt=False) == expected
+    assert template.render(messages) == expected
 
 
 def test_templates_see_the_clock_they_were_given():
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {}, lambda: datetime(2024, 7, 26))
-    assert template.render([{"role": "user"}], add_generation_prompt=True) == "26 Jul 2024"
+    assert template.render([{"role": "user"}]) == "26 Jul 2024"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +173,7 @@ def test_templates_see_the_clock_they_were_given():
 )
 def test_messages_that_cannot_be_rendered_are_the_clients_fault(source, messages, reason):
     with pytest.raises(InvalidParameterError, match=reason) as caught:
-        ChatTemplate(source, {}).render(messages, add_generation_prompt=True)
+        ChatTemplate(source, {}).render(messages)
     assert caught.value.parameter == "messages"
 
 
