@@ -10,11 +10,12 @@ The folder is checked (``model_files``). What config.json or the hub's list of f
 is said before anything large is fetched.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,19 +164,31 @@ def _downloaded(name: str, progress: Callable[[str], None]) -> Path:
         progress(f"downloading {name} from the hub")
     except HFValidationError as error:
         raise ConfigError(f"{name!r} is neither a folder nor a hub name: {error}") from None
-    try:
-        # Asked first, because it fails within the time limit where a download would retry.
-        info = huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
-        _check_listed(name, {file.rfilename for file in info.siblings or ()})
+    with _asking_hub(
+        name, "model", "without a connection, copy the model's folder here and give its path"
+    ) as files:
+        _check_listed(name, files)
         read_config(Path(huggingface_hub.hf_hub_download(name, "config.json")).parent)
         return Path(huggingface_hub.snapshot_download(name, **options))
+
+
+@contextlib.contextmanager
+def _asking_hub(name: str, what: str, advice: str) -> Iterator[Set[str]]:
+    """Ask for the files that the hub lists, and explain why it, or a download after that, failed.
+
+    Asked first, because it fails within the time limit where a download would retry.
+    """
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+        yield {file.rfilename for file in info.siblings or ()}
     except ConfigError:
         raise
     except Exception as error:  # of the HTTP client, the hub and the disk: all mean "not to be had"
         raise ConfigError(
-            f"there is no folder {name!r}, and no model of that name could be downloaded from the "
-            f"hub ({type(error).__name__}: {error}); without a connection, copy the model's folder "
-            "here and give its path"
+            f"there is no folder {name!r}, and no {what} of that name could be downloaded from the "
+            f"hub ({type(error).__name__}: {error}); {advice}"
         ) from error
 
 
@@ -201,12 +214,5 @@ def _downloaded_config(name: str, progress: Callable[[str], None]) -> Path:
     if isinstance(cached, str):
         return Path(cached).parent
     progress(f"downloading config.json of {name} from the hub")
-    try:
-        # Asked first, because it fails within the time limit where a download would retry.
-        huggingface_hub.HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+    with _asking_hub(name, "config.json", "give the path of one"):
         return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent
-    except Exception as error:  # of the HTTP client, the hub and the disk: all mean "not to be had"
-        raise ConfigError(
-            f"there is no folder {name!r}, and no config.json of that name could be downloaded "
-            f"from the hub ({type(error).__name__}: {error}); give the path of one"
-        ) from error
