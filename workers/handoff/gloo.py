@@ -17,9 +17,13 @@ What was found out about gloo in torch 2.13, and is relied on here (the transpor
 * A send completes when the peer has posted the receive, so a slow receiver holds the sender back.
 * A receive may be longer than what is sent, so header and payload are one message, and receives
   can be posted before anybody knows what will come.
+* A client of ``TCPStore`` keeps its time-out while it connects and while it waits for a key, and
+  has none for any other answer, and the kernel takes what is asked for a process that is stopped.
+  So the end that connects is also bounded from outside (``BoundedCalls``).
 """
 
 import contextlib
+import functools
 import socket
 import threading
 import uuid
@@ -33,12 +37,14 @@ from torch import Tensor
 
 from antiphon.errors import LinkBrokenError
 from antiphon.workers.handoff.batch_thread import batch_threads
+from antiphon.workers.handoff.bounded_calls import BoundedCalls
 from antiphon.workers.handoff.transport import Link, Place
 
 _c10d: Any = torch.distributed  # its stubs lack what is used here
 _DATA_TAG = 1
 _CLOSE_TAG = 2  # nothing is ever sent with it
 _REFUSED = b"refused"
+_GRACE_SECONDS = 1.0  # a time-out of what is called comes first, and says more
 _FOREVER = timedelta(days=365)
 
 
@@ -128,6 +134,7 @@ class GlooTransport:
         self._host = host
         self._lock = threading.Lock()
         self._rendezvous: Any | None = None
+        self._connects: BoundedCalls[Link] = BoundedCalls("connecting a link")
         self._accepting: set[str] = set()
         self._closed = False
 
@@ -157,6 +164,10 @@ class GlooTransport:
 
     def connect(self, address: str, link_id: str, timeout_seconds: float) -> Link:
         """See ``Transport.connect``."""
+        make = functools.partial(self._connect, address, link_id, timeout_seconds)
+        return self._connects.run(make, timeout_seconds + _GRACE_SECONDS)
+
+    def _connect(self, address: str, link_id: str, timeout_seconds: float) -> Link:
         host, _, port = address.rpartition(":")
         _probe(host, int(port), timeout_seconds)
         store = self._client(host, int(port), timeout_seconds)
