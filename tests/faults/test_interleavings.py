@@ -1,9 +1,10 @@
-"""Random programs on random schedules: sender, receiver and links, one thread at a time.
+"""Random programs on random schedules: senders, receiver and links, one thread at a time.
 
-A program is what happens to the two ends from outside: transfers are opened, computed, finished,
-given up and cancelled, links break, segments get lost, doubled, swapped and damaged, ends restart,
-time passes. A schedule decides at each lock, wait and copy which thread goes on. Both come from
-Hypothesis, so a failure is repeated and made small. What must hold is in ``handoff_world``.
+A program is what happens to the ends from outside: transfers are opened, computed, finished, given
+up and cancelled, links break, are given up and make room for others, segments get lost, doubled,
+swapped and damaged, ends restart and lose each other, time passes. A schedule decides at each lock,
+wait and copy which thread goes on. Both come from Hypothesis, so a failure is repeated and made
+small. What must hold is in ``handoff_world``.
 """
 
 import random
@@ -26,6 +27,7 @@ from antiphon.workers.handoff.link_table import LinkTable
 from antiphon.workers.handoff.receiver_link import ReceiverLink
 from antiphon.workers.handoff.segment import Header
 from antiphon.workers.handoff.sender import HandoffSender
+from antiphon.workers.handoff.sender_link import SenderLink
 
 Action = tuple[str, int, int]
 HARMLESS = ("open", "open", "push", "push", "push", "finish", "pass turns")
@@ -35,6 +37,9 @@ HARMFUL = (
     "cancel",
     "cancel",
     "retire",
+    "broke",
+    "receiver leaves",
+    "sender leaves",
     "break link",
     "restart sender",
     "restart receiver",
@@ -77,7 +82,7 @@ def play(world: World, program: Sequence[Action]) -> None:
         picked = world.pick(which)
         match kind:
             case "open":
-                if opened := world.open(1 + which % MAX_BLOCKS, amount // 3):
+                if opened := world.open(amount, 1 + which % MAX_BLOCKS, amount // 3):
                     world.push(opened, amount)
             case "pass turns":
                 for _ in range(10 * amount):
@@ -91,15 +96,21 @@ def play(world: World, program: Sequence[Action]) -> None:
             case "stall write":
                 world.target.stall_seconds = amount
             case "prewarm":
-                world.prewarm()
+                world.prewarm(which)
             case "pass time":
                 world.turns.sleep(amount / 2)
             case "retire":
-                world.retire()
+                world.retire(which)
+            case "broke":
+                world.broke(which)
+            case "receiver leaves":
+                world.receiver_leaves(which)
+            case "sender leaves":
+                world.sender_leaves(which)
             case "break link":
                 world.break_link(which)
             case "restart sender":
-                world.restart_sender()
+                world.restart_sender(which)
             case "restart receiver":
                 world.restart_receiver()
             case "push" if picked:
@@ -170,6 +181,11 @@ def _kept_though_idle(self: LinkTable, link: ReceiverLink) -> bool:
     return False
 
 
+def _left_only_if_idle(self: HandoffSender, receiver_incarnation: str) -> list[SenderLink]:
+    idle = [key for key, link in self._links.items() if link.is_idle]
+    return [self._links.pop(key) for key in idle]
+
+
 @pytest.mark.parametrize(
     ("owner", "method", "bug", "kind"),
     [
@@ -179,6 +195,7 @@ def _kept_though_idle(self: LinkTable, link: ReceiverLink) -> bool:
         (Incoming, "check_end", lambda *_: None, "open"),
         (HandoffSender, "abort", _done_before_the_link_let_go, "abort"),
         (LinkTable, "retire", _kept_though_idle, "retire"),
+        (HandoffSender, "_let_go", _left_only_if_idle, "retire"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

@@ -1,10 +1,12 @@
-"""A sender and a receiver on stepped threads, watched from both ends of every transfer.
+"""Two senders and a receiver on stepped threads, watched from both ends of every transfer.
 
-Blocks are few and change hands all the time; ``owned_blocks`` says when an access is wrong.
+Blocks are few and change hands all the time; ``owned_blocks`` says when an access is wrong. Links
+are few as well: those of the two senders, of before and now, have to make room for each other.
 """
 
 import contextlib
 import uuid
+from collections import Counter
 
 from handoff_pair import BLOCK_SIZE, BYTES_PER_TOKEN, WIRE
 from memory_transport import Fault, FaultPlan, MemoryNetwork, MemoryTransport
@@ -16,11 +18,15 @@ from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 
+NUM_SENDERS = 2
 MAX_BLOCKS = 3  # of a transfer
 SETTLE_SECONDS = 100.0  # on the stepped clock; far beyond every time-out below
-RECEIVER_LIMITS = ReceiverLimits(timeout_seconds=5, io_timeout_seconds=2)
+RECEIVER_LIMITS = ReceiverLimits(timeout_seconds=5, io_timeout_seconds=2, max_links=2)
 SENDER_LIMITS = SenderLimits(
-    timeout_seconds=3, segment_bytes=3 * BYTES_PER_TOKEN, piece_bytes=2 * BYTES_PER_TOKEN
+    timeout_seconds=3,
+    max_links=2,
+    segment_bytes=3 * BYTES_PER_TOKEN,
+    piece_bytes=2 * BYTES_PER_TOKEN,
 )
 
 
@@ -45,8 +51,20 @@ class _Transport(MemoryTransport):
         return link
 
 
+class _Peer:
+    """A sender that lives at an address, and its transport."""
+
+    def __init__(self, name: str, transport: _Transport, sender: HandoffSender) -> None:
+        self.name = name
+        self.transport = transport
+        self.sender = sender
+
+
 class World:
-    """What a test does to the two ends; every method is something that may happen at any time."""
+    """What a test does to the ends; every method is something that may happen at any time.
+
+    A ``number`` says which of the senders, or of their links.
+    """
 
     def __init__(self, turns: Turns, faults: dict[int, Fault]) -> None:
         self.turns = turns
@@ -57,7 +75,7 @@ class World:
         self._network = MemoryNetwork()
         self._plan = FaultPlan(_Faults(faults))
         self._num_starts = 0
-        self.sender = self._start_sender()
+        self.peers = [self._start_sender(number) for number in range(NUM_SENDERS)]
         self.receiver = self._start_receiver()
 
     @property
@@ -75,8 +93,9 @@ class World:
                 return each
         return open_now[number % len(open_now)] if open_now else None
 
-    def open(self, num_blocks: int, start: int) -> Transfer | None:
+    def open(self, number: int, num_blocks: int, start: int) -> Transfer | None:
         """Begin a transfer of that many blocks; None if there is no room, or no link."""
+        peer = self._peer(number)
         free = self.target.free
         if num_blocks > len(free) or num_blocks > len(self.source.free):
             return None
@@ -85,20 +104,21 @@ class World:
         expected = self.source.tokens(source_table, 0, end).clone()
         transfer = Transfer(
             uuid.UUID(int=len(self.transfers)).hex, source_table, target_table, expected,
-            start % end, end, self.sender, start % end,
+            start % end, end, peer.sender, start % end,
         )  # fmt: skip
         for block in target_table:
             self.target.owners[block] = transfer
         self.target.slots[self.target.indices(target_table, 0, end)] = 0
         self.transfers.append(transfer)
-        return transfer if self._begin(transfer) else None
+        return transfer if self._begin(transfer, peer) else None
 
-    def prewarm(self) -> None:
+    def prewarm(self, number: int) -> None:
         """Make a link before a transfer wants it."""
+        peer = self._peer(number)
         with contextlib.suppress(AntiphonError):  # it is a favour
-            if offer := self.receiver.prewarm(self._sender_name):
+            if offer := self.receiver.prewarm(peer.name):
                 self.turns.pause()  # the offer travels
-                self.sender.prewarm(offer)
+                peer.sender.prewarm(offer)
 
     def push(self, transfer: Transfer, num_tokens: int) -> None:
         end = min(transfer.end, transfer.num_pushed + num_tokens)
@@ -120,26 +140,42 @@ class World:
             transfer.is_cancelled = True
             self._release(transfer)
 
-    def retire(self) -> None:
-        """As after a stall, or when the sender says that the link broke."""
-        link = self.receiver._links.current(self._sender_name)
+    def retire(self, number: int) -> None:
+        """As after a stall."""
+        link = self.receiver._links.current(self._peer(number).name)
         if link is not None:
             self.receiver.retire(link.link_id)
 
+    def broke(self, number: int) -> None:
+        """As when the sender says so; transfers on the link are left to their time-out."""
+        link = self.receiver._links.current(self._peer(number).name)
+        if link is not None:
+            self.receiver.broke(link.link_id, "because")
+
+    def receiver_leaves(self, number: int) -> None:
+        """Its last session with a sender is lost."""
+        self.receiver.leave(self._peer(number).name)
+
+    def sender_leaves(self, number: int) -> None:
+        """Its last session with the receiver is lost."""
+        self._peer(number).sender.leave(self.receiver._endpoint.incarnation)
+
     def break_link(self, number: int) -> None:
-        links = self.sender_transport.links
+        links = [link for peer in self.peers for link in peer.transport.links]
         if links:
             links[number % len(links)].close()
 
-    def restart_sender(self) -> None:
+    def restart_sender(self, number: int) -> None:
         """As a killed process: its links break without a word, and a stranger takes its place."""
-        self._sever()
-        self.sender.close()
-        self.sender = self._start_sender()
+        number %= NUM_SENDERS
+        self._sever(self.peers[number])
+        self.peers[number].sender.close()
+        self.peers[number] = self._start_sender(number)
 
     def restart_receiver(self) -> None:
         """The same, at the same address."""
-        self._sever()
+        for peer in self.peers:
+            self._sever(peer)
         self.receiver.close()
         self.receiver = self._start_receiver()
 
@@ -152,25 +188,30 @@ class World:
         assert not self.open_transfers, f"never ended: {self.open_transfers}"
         links = self.receiver._links.given_up
         assert all(link.transfers or link.is_closing for link in links), "nobody will close a link"
-        self.sender.close()
+        for peer in self.peers:
+            kept = Counter(link.offer.receiver_incarnation for link in peer.sender._links.values())
+            assert max(kept.values(), default=0) <= 1, "nobody will close a link that was left"
+            peer.sender.close()
         self.receiver.close()
         problems = self.problems + self.source.problems + self.target.problems
         assert not problems, problems
         assert not self.turns.errors, self.turns.errors
         # A link's thread that had said goodbye before ``close`` is not waited for there.
         assert self.turns.wait(lambda: not self.turns.running, SETTLE_SECONDS), self.turns.running
-        assert self.sender.num_links == self.receiver.num_pending == 0
+        assert self.receiver.num_pending == sum(peer.sender.num_links for peer in self.peers) == 0
         assert not self.target.owners
         assert len(self.source.free) == NUM_SOURCE_BLOCKS
 
-    def _start_sender(self) -> HandoffSender:
+    def _peer(self, number: int) -> _Peer:
+        return self.peers[number % NUM_SENDERS]
+
+    def _start_sender(self, number: int) -> _Peer:
         self._num_starts += 1
-        self.sender_transport = _Transport(self._network, "sender:0", self._plan)
-        self.sender_transport.links = []
+        transport = _Transport(self._network, f"sender:{number}", self._plan)
+        transport.links = []
         name = f"prefill-{self._num_starts}"
-        self._sender_name = name
-        endpoint = Endpoint(self.sender_transport, self.source, name, WIRE)
-        return HandoffSender(endpoint, SENDER_LIMITS, self._on_done)
+        endpoint = Endpoint(transport, self.source, name, WIRE)
+        return _Peer(name, transport, HandoffSender(endpoint, SENDER_LIMITS, self._on_done))
 
     def _start_receiver(self) -> HandoffReceiver:
         self._num_starts += 1
@@ -178,15 +219,15 @@ class World:
         endpoint = Endpoint(transport, self.target, f"decode-{self._num_starts}", WIRE)
         return HandoffReceiver(endpoint, RECEIVER_LIMITS, self._on_complete)
 
-    def _begin(self, transfer: Transfer) -> bool:
+    def _begin(self, transfer: Transfer, peer: _Peer) -> bool:
         table = transfer.target_table
         try:
-            offer = self.receiver.offer(self._sender_name)
+            offer = self.receiver.offer(peer.name)
             self.receiver.expect(
                 transfer.transfer_id, offer.link_id, table, transfer.start, transfer.end
             )
             self.turns.pause()  # the request for it travels
-            self.sender.open(transfer.transfer_id, offer, transfer.start)
+            peer.sender.open(transfer.transfer_id, offer, transfer.start)
         except AntiphonError:  # busy, or the link broke in between; nothing has begun
             self.receiver.cancel(transfer.transfer_id)
             self.transfers.remove(transfer)
@@ -195,8 +236,9 @@ class World:
             return False
         return True
 
-    def _sever(self) -> None:
-        for link in self.sender_transport.links:
+    @staticmethod
+    def _sever(peer: _Peer) -> None:
+        for link in peer.transport.links:
             link.close()
 
     def _find(self, transfer_id: str) -> Transfer | None:

@@ -58,6 +58,7 @@ class _Wire:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.broken = False
+        self._closed_by: int | None = None
         self._ways = (_Way(), _Way())
 
     def put(self, end: int, tensors: list[Tensor]) -> int:
@@ -81,14 +82,17 @@ class _Wire:
 
     def post(self, end: int, receive: "MemoryReceive") -> None:
         with self.changed:
-            self._check()
+            # As over TCP: what an end has sent before it closed the link still comes.
+            if not (self._closed_by == end and self._ways[end].units):
+                self._check()
             self._ways[end].posted.append(receive)
             self._match(self._ways[end])
 
     def wait_for(self, receive: "MemoryReceive", timeout_seconds: float | None) -> None:
         with self.changed:
-            if not receive.is_done:
-                self._wait(lambda: receive.is_done, timeout_seconds)
+            self.changed.wait_for(lambda: receive.is_done or self.broken, timeout_seconds)
+            if not receive.is_done:  # else it came before the link broke
+                self._wait(lambda: False, 0)
 
     def _match(self, way: "_Way") -> None:
         while way.units and way.posted:
@@ -106,9 +110,10 @@ class _Wire:
         if self.broken:
             raise LinkBrokenError("the link broke")
 
-    def break_(self) -> None:
+    def close(self, end: int) -> None:
         with self.changed:
-            self.broken = True
+            if not self.broken:
+                self.broken, self._closed_by = True, end
             self.changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool], timeout_seconds: float | None) -> None:
@@ -157,7 +162,7 @@ class MemoryLink(Link):
 
     def close(self) -> None:
         """See ``Link.close``."""
-        self.wire.break_()
+        self.wire.close(self.end)
 
     def release(self, send: "MemorySend", timeout_seconds: float | None) -> None:
         """Put what is held up to and with this send, once the plan lets it through."""

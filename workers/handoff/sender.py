@@ -119,8 +119,6 @@ class HandoffSender:
         """
         with self._lock:
             unused = self._let_go(receiver_incarnation)
-            for _, link in self._links_to(receiver_incarnation):
-                link.is_left = True
         for each in unused:
             each.close()
 
@@ -190,15 +188,17 @@ class HandoffSender:
         return link
 
     def _let_go(self, receiver_incarnation: str) -> list[SenderLink]:
-        """Take out the idle links to a receiver, which offers one at a time: it left these."""
-        idle = [key for key, link in self._links_to(receiver_incarnation) if link.is_idle]
-        return [self._links.pop(key) for key in idle]
+        """Leave the links to a receiver, which offers one at a time: it has left these.
 
-    def _links_to(self, receiver_incarnation: str) -> list[tuple[tuple[str, str], SenderLink]]:
-        links = self._links.items()
-        return [
-            each for each in links if each[1].offer.receiver_incarnation == receiver_incarnation
-        ]
+        Those in use end with their last transfer. The idle ones are out, for the caller to close.
+        """
+        idle = []
+        for key, link in list(self._links.items()):
+            if link.offer.receiver_incarnation == receiver_incarnation:
+                link.is_left = True
+                if link.is_idle:
+                    idle.append(self._links.pop(key))
+        return idle
 
     def _make_room(self) -> list[SenderLink]:
         if len(self._links) < self._limits.max_links:

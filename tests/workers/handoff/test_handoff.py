@@ -181,6 +181,24 @@ def test_a_sender_lets_go_of_a_link_that_is_not_offered_any_more_and_what_has_la
     assert pair.sender.num_links == 1
 
 
+def test_a_sender_lets_go_of_a_link_in_use_that_is_not_offered_any_more_after_its_last_transfer(
+    pair,
+):
+    first = pair.begin(SOURCE, TARGET, 0, 4)
+    pair.sender.push(first, SOURCE, 0, 4)
+    wait_until(lambda: pair.arrived(SOURCE, TARGET, 0, 4))
+    pair.receiver.retire(pair.receiver.offer("prefill-1").link_id)  # as after a stall
+    second = pair.transfer(SOURCE, TARGET, 4, 8)
+    assert pair.next_completed() == (second, 4, None)
+    assert pair.sender.num_links == pair.receiver.num_links == 2
+    pair.sender.finish(first)
+    assert pair.next_completed() == (first, 4, None)
+    wait_until(lambda: pair.sender.num_links == pair.receiver.num_links == 1)
+    third = pair.transfer(SOURCE, TARGET, 8, 12)
+    assert pair.next_completed() == (third, 4, None)
+    assert pair.sender.counters().links_made == 2
+
+
 def test_a_receiver_gives_up_the_link_of_a_lost_sender_after_its_last_transfer(pair):
     used = pair.begin(SOURCE, TARGET, 0, 4)
     pair.receiver.leave("prefill-1")
@@ -233,7 +251,9 @@ def test_links_are_bounded(make_memory_pair):
 def test_the_least_recently_used_idle_link_makes_room(make_memory_pair):
     pair = make_memory_pair(sender_limits=SenderLimits(timeout_seconds=5, max_links=1))
     first = pair.begin(SOURCE, TARGET, 0, 4)
-    elsewhere = structs.replace(pair.receiver.offer("prefill-1"), address="nobody:0")
+    elsewhere = structs.replace(
+        pair.receiver.offer("prefill-1"), address="nobody:0", receiver_incarnation="decode-2"
+    )
     with pytest.raises(WorkerBusyError, match="all 1 hand-off links"):
         pair.sender.open("1" * 32, elsewhere, 0)
     pair.send_all(first, SOURCE, 0, 4)
