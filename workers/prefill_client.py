@@ -140,7 +140,11 @@ class PrefillClient:
     def stop(self, wanted: Wanted) -> None:
         """Fence off the transfer of a request, if it has one, and tell the peer."""
         transfer, wanted.transfer = wanted.transfer, None
-        if transfer is not None and self._fence(transfer):
+        if transfer is None:
+            return
+        was_live = self._fence(transfer)
+        # One that the receiver has just ended may have failed, and the peer would never know.
+        if was_live or not transfer.ended.done():
             transfer.peer.send(Abort(transfer.transfer_id))
             transfer.ended.cancel()
 
