@@ -45,6 +45,7 @@ _DATA_TAG = 1
 _CLOSE_TAG = 2  # nothing is ever sent with it
 _REFUSED = b"refused"
 _GRACE_SECONDS = 1.0  # a time-out of what is called comes first, and says more
+_MAX_ENDED = 100  # links whose keys are kept, so that a peer that comes late is refused at once
 _FOREVER = timedelta(days=365)
 
 
@@ -136,6 +137,7 @@ class GlooTransport:
         self._rendezvous: Any | None = None
         self._connects: BoundedCalls[Link] = BoundedCalls("connecting a link")
         self._accepting: set[str] = set()
+        self._ended: dict[str, None] = {}  # links that were refused, oldest first
         self._closed = False
 
     @property
@@ -185,6 +187,7 @@ class GlooTransport:
         """See ``Transport.refuse``."""
         with contextlib.suppress(RuntimeError):  # only if the rendezvous is gone already
             self._store().set(_key(link_id), _REFUSED.decode())
+            self._forget_before(link_id)
 
     def close(self) -> None:
         """See ``Transport.close``."""
@@ -193,6 +196,20 @@ class GlooTransport:
             accepting = list(self._accepting)
         for link_id in accepting:
             self.refuse(link_id)
+
+    def _forget_before(self, link_id: str) -> None:
+        """Delete the keys of the link that has ended longest ago, if enough have ended since."""
+        with self._lock:
+            self._ended.pop(link_id, None)
+            self._ended[link_id] = None
+            if len(self._ended) <= _MAX_ENDED:
+                return
+            oldest = next(iter(self._ended))
+            del self._ended[oldest]
+        store = self._store()
+        for key in store.list_keys():
+            if key.startswith(f"{oldest}/"):
+                store.delete_key(key)
 
     def _store(self) -> Any:
         with self._lock:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from antiphon.errors import LinkBrokenError
+from antiphon.workers.handoff import gloo
+from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.transport import Link, Transport
 
 
@@ -164,6 +166,22 @@ def test_a_link_is_private(transports):
         connecting.connect(accepting.address, "link", 0.2)
     sender.close()
     receiver.close()
+
+
+def test_a_rendezvous_forgets_links_that_ended_long_ago(monkeypatch):
+    """A prefill worker with many peers makes room all the time, for as long as both ends live."""
+    monkeypatch.setattr(gloo, "_MAX_ENDED", 3)
+    both = GlooTransport("127.0.0.1"), GlooTransport("127.0.0.1")
+    num_keys = []
+    for number in range(8):
+        for end in _join(both, f"link-{number}"):
+            end.close()
+        both[1].refuse(f"link-{number}")
+        num_keys.append(both[1]._store().num_keys())
+    assert num_keys[0] < num_keys[1] < num_keys[2]
+    assert num_keys[3:] == 5 * [num_keys[2]]
+    with pytest.raises(LinkBrokenError, match="refuses the link"):
+        both[0].connect(both[1].address, "link-7", 5)
 
 
 def test_nobody_listens(transports):
