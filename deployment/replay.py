@@ -11,9 +11,10 @@ busy or lost, so three bounds end it: losses are counted, a worker that stops is
 third refusal is the last one when the client has waited for ``replay_wait_seconds``.
 
 A replay continues exactly: a token depends on the tokens before it and, if sampled, on a hash of
-the seed and its position, and the ingress fixes the seed before the first attempt. The client sees
-a pause. What it is told of the request (cached tokens, time to the first token) stays what the
-first worker said; the usage counts the prompt that the client sent.
+the seed and its position, and the ingress fixes the seed before the first attempt. Where a wire or
+a cache rounds KV, that of the output is rounded otherwise from then on, and close calls may fall
+otherwise too. The client sees a pause. What it is told of the request (cached tokens, time to the
+first token) stays what the first worker said; the usage counts the prompt that the client sent.
 
 Nothing here waits or knows workers: the backend asks ``may_wait`` and passes the time.
 """

@@ -110,7 +110,8 @@ class HandoffConfig(_Section):
     )
     wire_dtype: KVDtype = Field(
         "auto",
-        description="Of K and V between the pools, whatever their caches hold; auto: the model's.",
+        description="Of K and V between the pools, whatever their caches hold; auto: the model's. "
+        "If it rounds (int8, fp8, a smaller float), answers depend on who computed the prompt.",
     )
     timeout_seconds: Annotated[float, Field(gt=0)] = Field(
         60.0,
