@@ -7,6 +7,7 @@ import hashlib
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -404,6 +405,24 @@ def test_requests_share_one_session_with_a_peer_and_a_failure_is_not_remembered(
             assert len([s for s in handler.opened if s.client_id == "me"]) == 2  # and the stranger
         await until(lambda: lost == [sessions[0]])
         await peers.close()
+
+    run(scenario())
+
+
+def test_sessions_with_peers_are_closed_all_at_once() -> None:
+    """Else each peer that hangs would hold up a worker that stops, for seconds."""
+
+    async def scenario() -> None:
+        peers, meeting = Peers("me"), asyncio.Barrier(2)
+
+        async def open_session() -> Any:
+            return SimpleNamespace(close=meeting.wait)  # returns once both are being closed
+
+        for incarnation in "ab":
+            peers._sessions[incarnation] = asyncio.create_task(open_session())
+        await asyncio.gather(*peers._sessions.values())
+        await asyncio.wait_for(peers.close(), 5)
+        assert peers._sessions == {}
 
     run(scenario())
 
