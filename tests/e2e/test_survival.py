@@ -120,14 +120,18 @@ def rounds_while(product: Product, is_going_on: Callable[[], bool]) -> tuple[lis
     return texts, load
 
 
-def test_streams_outlive_a_killed_decode_worker(product: Product, undisturbed: list[str]) -> None:
+def test_streams_outlive_a_decode_worker_whose_process_is_told_to_end(
+    product: Product, undisturbed: list[str]
+) -> None:
+    """Ray ends it in some order of its own; one that is killed is in tests/faults."""
+
     async def scenario() -> list[str]:
         load = Load(product)
         streams = asyncio.create_task(load.all())
         await until_streaming(load)
         workers = await asyncio.to_thread(product.workers, "decode")
         victim = max(workers, key=lambda worker: worker["load"]["num_running"])
-        os.kill(victim["pid"], signal.SIGKILL)
+        os.kill(victim["pid"], signal.SIGTERM)
         texts = await streams
         assert not load.problems
         return texts
