@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from crew import watch
+from memory_transport import MemoryNetwork, MemoryTransport
 from pools import assert_idle, start, until
 from tiny_models import tiny_model
 from two_pools import backend_over, close, http_client
@@ -13,7 +14,6 @@ from two_pools import backend_over, close, http_client
 from antiphon.deployment.cluster_backend import ClusterBackend
 from antiphon.messages import Role
 from antiphon.workers.batch import Batch
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.worker import Worker
 
 STOPS_AT, KILLED_AT = 40, 15  # tokens of the first choice

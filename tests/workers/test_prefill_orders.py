@@ -14,6 +14,7 @@ import pytest
 from handoff_pair import WIRE, FakeStore
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from memory_transport import MemoryNetwork, MemoryTransport
 from pools import until
 
 from antiphon.errors import PrefillFailedError, SegmentRejectedError
@@ -21,7 +22,6 @@ from antiphon.messages import Abort, Prefill, PrefillPeer, RefusalKind, Refused
 from antiphon.workers import prefill_client, prefill_ladder
 from antiphon.workers.handoff.endpoint import Endpoint
 from antiphon.workers.handoff.incoming import Incoming
-from antiphon.workers.handoff.memory import MemoryNetwork, MemoryTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.segment import SenderAccount
 from antiphon.workers.peers import Peers
