@@ -82,6 +82,8 @@ def test_a_pair_of_pools_answers_as_the_model_does() -> None:
             tokens += output.token_ids
         assert tokens == expected
         assert prefill.engine.stats.num_prompt_tokens == len(prompt) - 1
+        async for output in backend.generate("again", prompt, SamplingParams(1, temperature=0)):
+            assert output.num_cached_tokens == 96, "whole blocks"
         await assert_idle(prefill, decode)
         await close(backend, prefill, decode)
         assert not backend.sessions._tasks

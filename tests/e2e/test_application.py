@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from processes import Product, wait_for
-from real_model import MAX_TOKENS, assert_equal_tokens, prompts
+from real_model import MAX_TOKENS, assert_equal_tokens, oracle, prompts
 
 from antiphon.config import DEFAULT_MODEL
 from antiphon.workers.tokenizer import Tokenizer
@@ -94,8 +94,6 @@ def test_greedy_answers_equal_generate_at_concurrency_8(
 def assert_same_text(
     folder: Path, tokenizer: Tokenizer, prompt: str, text: str, num_tokens: int
 ) -> None:
-    from real_model import oracle
-
     expected = oracle(folder, tuple(tokenizer.encode(prompt)))
     if tokenizer.decode(expected) == text:
         assert num_tokens == len(expected)
@@ -134,43 +132,6 @@ def test_chat_with_usage_stop_and_models(client: openai.OpenAI) -> None:
     assert "Paris" not in (answer.choices[0].message.content or "")
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-
-
-def test_seeded_sampling_repeats_and_differs_by_seed(client: openai.OpenAI) -> None:
-    def draw(seed: int) -> str:
-        answer = client.completions.create(
-            model=DEFAULT_MODEL,
-            prompt="Once upon a time",
-            max_tokens=12,
-            seed=seed,
-            top_p=0.95,
-            extra_body={"top_k": 50},
-        )
-        return answer.choices[0].text
-
-    assert draw(1) == draw(1)
-    assert len({draw(seed) for seed in range(4)}) > 1
-
-
-def test_errors_name_what_is_wrong(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="gpt-9"):
-        client.completions.create(model="gpt-9", prompt="x")
-    with pytest.raises(openai.BadRequestError, match=r"9001 tokens.*8192 tokens"):
-        client.completions.create(model=DEFAULT_MODEL, prompt=[5] * 9001)
-    with pytest.raises(openai.BadRequestError) as raised:
-        client.completions.create(model=DEFAULT_MODEL, prompt="x", temperature=7)
-    assert raised.value.param == "temperature"
-
-
-def test_a_repeated_prompt_is_cached(client: openai.OpenAI) -> None:
-    prompt = "A prompt that nobody else sends, repeated. " * 12
-    complete(client, prompt)
-    answer = client.completions.create(
-        model=DEFAULT_MODEL, prompt=prompt, max_tokens=2, temperature=0
-    )
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens_details is not None
-    assert (answer.usage.prompt_tokens_details.cached_tokens or 0) > 64
 
 
 @pytest.mark.parametrize("after_tokens", [0, 3])
@@ -214,76 +175,3 @@ def test_killed_prefill_worker_costs_no_answer_and_comes_back(
     before = product.metric(name, path="remote")
     assert complete(client, f"Back. {LONG_PROMPT}")
     assert product.metric(name, path="remote") == before + 1
-
-
-def test_killed_prefill_worker_in_mid_transfer_gives_the_right_answer(
-    product: Product, client: openai.OpenAI, smollm2_path: Path
-) -> None:
-    wait_for(lambda: bool(product.workers("prefill")), 60)
-    tokenizer = Tokenizer(smollm2_path)
-    prompt = f"Mid. {LONG_PROMPT * 4}"
-    name = "antiphon_time_to_first_token_seconds_count"
-    before = product.metric(name, path="fallback")
-    (victim,) = product.workers("prefill")
-
-    async def ask() -> str:
-        async with openai.AsyncOpenAI(base_url=f"{product.url}/v1", api_key="none") as asking:
-            answer = asyncio.create_task(
-                asking.completions.create(
-                    model=DEFAULT_MODEL, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0
-                )
-            )
-            await asyncio.to_thread(wait_for, lambda: not is_idle(product), 20)
-            os.kill(victim["pid"], signal.SIGKILL)
-            return (await answer).choices[0].text
-
-    text = asyncio.run(ask())
-    token_ids = tokenizer.encode(prompt)
-    assert_same_text(smollm2_path, tokenizer, prompt, text, len(tokenizer.encode(text)))
-    assert len(token_ids) > 512, "the prompt is meant to take several steps"
-    assert product.metric(name, path="fallback") == before + 1
-
-
-def test_killed_only_decode_worker_ends_no_stream_early_and_comes_back(
-    product: Product, client: openai.OpenAI
-) -> None:
-    """The stream waits for the worker to come back, or says that this took too long.
-
-    Either way what the client has by then is what it would have had.
-    """
-    num_tokens = 40
-    prompt = {"model": DEFAULT_MODEL, "prompt": "Count: 1 2 3", "max_tokens": num_tokens}
-    prompt |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
-    expected = client.completions.create(**prompt).choices[0].text
-    stream = client.completions.create(
-        **prompt, stream=True, stream_options={"include_usage": True}
-    )
-    text = next(stream).choices[0].text
-    (victim,) = product.workers("decode")
-    os.kill(victim["pid"], signal.SIGKILL)
-    failure, last = "", None
-    try:
-        for last in stream:
-            text += last.choices[0].text if last.choices else ""
-    except openai.APIError as error:
-        failure = str(error)
-    if failure:
-        assert "may be sent again" in failure
-        assert len(text) < len(expected)
-        assert expected.startswith(text)
-    else:
-        assert last is not None
-        assert (last.usage.completion_tokens, text) == (num_tokens, expected)
-    assert product.metric("antiphon_replays_total", reason="lost") == 1
-
-    def is_back() -> bool:
-        try:
-            return bool(complete(client, "Back?", 2))
-        except openai.InternalServerError as error:
-            refusals.append(error)
-            return False
-
-    refusals: list[openai.InternalServerError] = []
-    wait_for(is_back, 60)
-    assert all(error.status_code == 503 for error in refusals)
-    assert all(error.response.headers["retry-after"] for error in refusals)
