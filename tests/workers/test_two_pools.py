@@ -6,12 +6,13 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from memory_transport import Fault, FaultPlan, MemoryNetwork, MemoryTransport
+from memory_transport import Fault, FaultPlan
 from msgspec import structs
 from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import VOCAB_SIZE, oracle, tiny_model
+from two_pools import pair
 
-from antiphon.config import EngineConfig, HandoffConfig
+from antiphon.config import EngineConfig
 from antiphon.messages import PrefillPeer, Role
 
 MAX_TOKENS = 8
@@ -63,22 +64,6 @@ def test_greedy_output_equals_generate(family: str, sizes: tuple[int, int, int])
     run(scenario())
 
 
-async def pair(
-    model: Any, plan: FaultPlan | None = None, handoff: HandoffConfig | None = None
-) -> tuple[Any, Any, Client]:
-    network = MemoryNetwork()
-    prefill = await start(
-        Role.PREFILL,
-        model,
-        engine=EngineConfig(max_batch_tokens=16),
-        transport=MemoryTransport(network, "p", plan),
-    )
-    decode = await start(
-        Role.DECODE, model, handoff=handoff, transport=MemoryTransport(network, "d")
-    )
-    return prefill, decode, await Client.connect(decode)
-
-
 def test_only_what_decode_lacks_crosses() -> None:
     model = tiny_model("llama")
 
@@ -92,35 +77,6 @@ def test_only_what_decode_lacks_crosses() -> None:
         await client.finish(client.submit(longer, MAX_TOKENS, peer_of(prefill)))
         second = decode.generate.receiver.counters().received_bytes - first
         assert second == (49 - 32) * decode.card.wire_bytes_per_token
-        await assert_idle(prefill, decode)
-        for closing in (client.session, prefill, decode):
-            await closing.close()
-
-    run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        (Fault.CORRUPT_PAYLOAD, "rejected"),
-        (Fault.BREAK_BEFORE, "lost"),
-        (Fault.HOLD, "timed_out"),
-        (Fault.DROP, "rejected"),
-    ],
-)
-def test_a_failed_handoff_falls_back_counted_and_right(fault: Fault, reason: str) -> None:
-    model = tiny_model("llama")
-    prompt = prompts()[-2]
-    expected = oracle(model, prompt, MAX_TOKENS)
-
-    async def scenario() -> None:
-        plan = FaultPlan({2: fault})
-        prefill, decode, client = await pair(model, plan, HandoffConfig(timeout_seconds=1.0))
-        request_id = client.submit(prompt, MAX_TOKENS, peer_of(prefill))
-        assert await client.finish(request_id) == [expected]
-        assert client.paths[request_id] == "fallback"
-        assert decode.metrics.count("antiphon_prefill_fallbacks_total", reason=reason) == 1
-        plan.release()
         await assert_idle(prefill, decode)
         for closing in (client.session, prefill, decode):
             await closing.close()
@@ -143,27 +99,6 @@ def test_unreachable_and_restarted_prefill_workers_are_done_without() -> None:
         assert decode.metrics.count("antiphon_prefill_fallbacks_total", reason="unreachable") == 2
         await assert_idle(prefill, decode)
         for closing in (client.session, prefill, decode):
-            await closing.close()
-
-    run(scenario())
-
-
-def test_prefill_worker_that_stops_mid_transfer_is_done_without() -> None:
-    model = tiny_model("llama")
-    prompt = prompts()[-2]
-    expected = oracle(model, prompt, MAX_TOKENS)
-
-    async def scenario() -> None:
-        plan = FaultPlan({1: Fault.HOLD})
-        prefill, decode, client = await pair(model, plan)
-        request_id = client.submit(prompt, MAX_TOKENS, peer_of(prefill))
-        await until(lambda: decode.generate.receiver.num_pending == 1)
-        await until(lambda: prefill.num_requests == 1)
-        plan.release()
-        await prefill.close()
-        assert await client.finish(request_id) == [expected]
-        await assert_idle(decode)
-        for closing in (client.session, decode):
             await closing.close()
 
     run(scenario())
