@@ -1,11 +1,8 @@
-import random
-
 import pytest
 from scheduling import make, prefill, request, step
 
-from antiphon.messages import SamplingParams
 from antiphon.workers.block_pool import BlockPool
-from antiphon.workers.request import PrefillPath, Request, RequestStatus
+from antiphon.workers.request import PrefillPath, RequestStatus
 from antiphon.workers.scheduler import Scheduler, SchedulerConfig
 
 
@@ -152,49 +149,3 @@ def test_abort_with_a_reader_keeps_the_blocks() -> None:
     scheduler.abort("p")
     assert scheduler.pool.num_free == 16
     scheduler.check()
-
-
-@pytest.mark.parametrize("seed", range(150))
-def test_random_workloads_finish_and_leak_nothing(seed: int) -> None:
-    rng = random.Random(seed)
-    scheduler = make(
-        num_blocks=rng.randint(8, 20),
-        block_size=rng.choice([1, 2, 4]),
-        max_batch_tokens=rng.randint(1, 20),
-        max_num_requests=rng.randint(1, 6),
-        max_awaiting_kv=rng.randint(1, 3),
-    )
-    limit = scheduler.pool.num_blocks * scheduler.pool.block_size
-    requests = []
-    for i in range(rng.randint(1, 10)):
-        num_prompt = rng.randint(1, limit // 2)
-        if rng.random() < 0.3:
-            requests.append(Request(str(i), [i % 3] * num_prompt, None))
-        else:
-            path = rng.choice([PrefillPath.LOCAL, PrefillPath.REMOTE])
-            sampling = SamplingParams(max_tokens=rng.randint(1, limit - num_prompt))
-            requests.append(Request(str(i), [i % 3] * num_prompt, sampling, path))
-        scheduler.add(requests[-1])
-    reading: list[str] = []
-    awaiting: list[Request] = []
-    for _ in range(10_000):
-        if not scheduler.queues:
-            break
-        step(scheduler)
-        scheduler.check()
-        awaiting += scheduler.take_reserved()
-        progressed = scheduler.take_progressed()
-        reading += [r.request_id for r in progressed if r.status is RequestStatus.SENDING]
-        if awaiting and rng.random() < 0.5:
-            arrived = awaiting.pop()
-            have = rng.randint(arrived.num_computed_tokens, len(arrived.prompt_token_ids) - 1)
-            scheduler.kv_arrived(arrived.request_id, have, PrefillPath.REMOTE, now=0.0)
-        if reading and rng.random() < 0.5:
-            scheduler.abort(reading.pop())
-        if rng.random() < 0.05:
-            victim = rng.choice(requests)
-            scheduler.abort(victim.request_id, keep_blocks=victim.is_prefill_only)
-            if victim.status is RequestStatus.SENDING and victim.request_id not in reading:
-                reading.append(victim.request_id)
-    assert len(scheduler.queues) == 0
-    assert scheduler.pool.num_free == scheduler.pool.num_blocks

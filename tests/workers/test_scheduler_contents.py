@@ -17,8 +17,6 @@ from antiphon.messages import SamplingParams
 from antiphon.workers.batch import Batch
 from antiphon.workers.request import PrefillPath, Request, RequestStatus
 
-BLOCK_SIZE = 4
-
 
 def kv(tokens: list[int]) -> list[int]:
     """What each token leaves in its slot."""
@@ -30,6 +28,12 @@ def oracle(prompt: list[int], num_outputs: int) -> list[int]:
     for _ in range(num_outputs):
         tokens.append(kv(tokens)[-1] % 3)
     return tokens[len(prompt) :]
+
+
+def _num_tokens(request: Request) -> int:
+    """With all that it may generate."""
+    max_tokens = request.sampling.max_tokens if request.sampling else 0
+    return len(request.prompt_token_ids) + max_tokens
 
 
 @dataclass
@@ -52,17 +56,20 @@ class World:
 
     def __post_init__(self) -> None:
         rng = self.rng
-        self.scheduler = make(
-            num_blocks=rng.randint(16, 30),
-            block_size=BLOCK_SIZE,
-            max_batch_tokens=rng.choice([3, 4, 9, 16, 64]),
-            max_num_requests=rng.randint(2, 8),
-            max_awaiting_kv=rng.randint(1, 3),
-            prefix_cache=self.prefix_cache,
-        )
         stems = [rng.choices(range(3), k=24) for _ in range(2)]
         self.requests = [self._request(str(i), rng.choice(stems)) for i in range(12)]
         self.waiting = list(self.requests)
+        self.block_size = rng.choice([1, 2, 4, 4])
+        largest = max(_num_tokens(request) for request in self.requests)
+        spare = rng.choice([0, 8, 24, 56])  # the largest may need the whole pool
+        self.scheduler = make(
+            num_blocks=-(-(largest + spare) // self.block_size),
+            block_size=self.block_size,
+            max_batch_tokens=rng.choice([1, 3, 4, 9, 16, 64]),
+            max_num_requests=rng.randint(1, 8),
+            max_awaiting_kv=rng.randint(1, 3),
+            prefix_cache=self.prefix_cache,
+        )
 
     def _request(self, name: str, stem: list[int]) -> Request:
         rng = self.rng
@@ -73,16 +80,17 @@ class World:
         path = rng.choice([PrefillPath.LOCAL, PrefillPath.REMOTE])
         return Request(name, prompt, SamplingParams(max_tokens=rng.randint(1, 20)), path)
 
+    def place(self, block_table: list[int], position: int) -> tuple[int, int]:
+        return block_table[position // self.block_size], position % self.block_size
+
     def check_slots(self, tokens: list[int], block_table: list[int], num_tokens: int) -> None:
         for position, content in enumerate(kv(tokens[:num_tokens])):
-            place = block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
-            assert self.slots.get(place) == content, position
+            assert self.slots.get(self.place(block_table, position)) == content, position
 
     def write(self, tokens: list[int], block_table: list[int], start: int, end: int) -> None:
         for position, content in enumerate(kv(tokens[:end])):
             if position >= start:
-                place = block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
-                self.slots[place] = content
+                self.slots[self.place(block_table, position)] = content
 
     def step(self) -> None:
         batch = self.scheduler.schedule()
@@ -114,7 +122,7 @@ class World:
         for request in self.scheduler.take_progressed():
             name, table = request.request_id, list(request.block_table)
             if before := self.sent.get(name):  # segments of it may still be read
-                kept = -(-before.num_tokens // BLOCK_SIZE)
+                kept = -(-before.num_tokens // self.block_size)
                 assert table[:kept] == before.block_table[:kept]
             self.sent[name] = Transfer(request, table, request.num_computed_tokens)
         for sent in self.sent.values():
