@@ -12,7 +12,6 @@ from pools import Client, assert_idle, peer_of, start, until
 from tiny_models import tiny_model
 from two_pools import close, pair
 
-from antiphon.config import HandoffConfig
 from antiphon.messages import Role
 from antiphon.workers import prefill_ladder, prefill_service
 from antiphon.workers.handoff import link_log
@@ -79,24 +78,5 @@ def test_a_prompt_that_a_prefill_worker_cannot_take_is_refused_there(
         assert decode.card.replica_id in line
         await assert_idle(small, decode)
         await close(client.session, small, decode)
-
-    run(scenario())
-
-
-def test_a_bound_on_links_is_no_fault_of_the_prefill_worker() -> None:
-    async def scenario() -> None:
-        model = tiny_model("llama")
-        prefill = await start(Role.PREFILL, model)
-        decode = await start(Role.DECODE, model, handoff=HandoffConfig(max_links=1))
-        client = await Client.connect(decode)
-        receiver = decode.generate.receiver
-        receiver.expect("a" * 32, receiver.offer("somebody").link_id, [0], 0, 1)
-        await falls_back(decode, client, peer_of(prefill), "no_link")
-        assert receiver.cancel("a" * 32)
-        again = client.submit(PROMPT[::-1], 2, peer_of(prefill))  # not shunned
-        await client.finish(again)
-        assert client.paths[again] == "remote"
-        await assert_idle(prefill, decode)
-        await close(client.session, prefill, decode)
 
     run(scenario())

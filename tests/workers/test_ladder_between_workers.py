@@ -139,35 +139,6 @@ def test_an_unreachable_peer_costs_its_time_out_once_and_then_is_shunned(
     run(scenario())
 
 
-def test_without_headroom_the_decode_worker_says_busy_and_keeps_nothing(
-    monkeypatch: pytest.MonkeyPatch, silent: PrefillPeer
-) -> None:
-    model = tiny_model("llama")
-    monkeypatch.setattr(peers, "CONNECT_SECONDS", 0.5)
-
-    async def scenario() -> None:
-        async with Cluster(model, FaultPlan(), max_fallback_tokens=70) as cluster:
-            ids = [cluster.submit(silent, prompt=[first] * 40) for first in (5, 6, 7)]
-            await until(lambda: len(cluster.decode.generate._ladder._climbs) == 3)
-            gate = threading.Event()
-            engine = cluster.decode.engine
-            engine.call(lambda _: gate.wait(20))
-            # All three fail within one step of the engine; each must see those before it.
-            await until(lambda: engine._commands.qsize() == 3)
-            gate.set()
-            await cluster.client.finish(*ids)
-            ends = [cluster.client.ended[i] for i in ids]
-            assert [end.partition(":")[0] for end in ends] == ["length", "busy", "busy"]
-            assert "prefill failed" in ends[1]
-            assert cluster.fallbacks("unreachable") == 1
-            refusals = cluster.decode.metrics.count(
-                "antiphon_worker_refusals_total", reason="no_headroom"
-            )
-            assert refusals == 2
-
-    run(scenario())
-
-
 def test_a_shunned_worker_is_asked_when_nobody_else_is_left() -> None:
     model = tiny_model("llama")
     expected = oracle(model, PROMPT, MAX_TOKENS)
