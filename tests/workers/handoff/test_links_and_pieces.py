@@ -1,4 +1,4 @@
-"""Which link makes room for another, what goes in one piece, and what overlaps the wire."""
+"""Which link makes room for another, what goes in pieces, and what overlaps the wire."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,8 +11,6 @@ from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
 
 SOURCE, TARGET = [3, 1, 4, 15, 9], [2, 6, 5, 35, 8]
-OTHER_SOURCE, OTHER_TARGET = [20], [21]
-PIECE_TOKENS, SEGMENT_TOKENS = 4, 8
 MakePair = Callable[..., Pair]
 
 
@@ -79,41 +77,18 @@ def test_the_link_that_was_offered_least_recently_makes_room_at_the_receiver(
     assert pair.receiver.offer("b").link_id != second
 
 
-@pytest.fixture
-def in_pieces(make_memory_pair: MakePair) -> Pair:
-    return make_memory_pair(
-        sender_limits=SenderLimits(
-            timeout_seconds=5,
-            segment_bytes=SEGMENT_TOKENS * BYTES_PER_TOKEN,
-            piece_bytes=PIECE_TOKENS * BYTES_PER_TOKEN,
-        )
+def test_a_prompt_goes_in_pieces_while_it_grows(make_memory_pair: MakePair) -> None:
+    """When and how much is in test_outgoing.py; here the bounds are bytes."""
+    limits = SenderLimits(
+        timeout_seconds=5, segment_bytes=8 * BYTES_PER_TOKEN, piece_bytes=4 * BYTES_PER_TOKEN
     )
-
-
-def pass_by(pair: Pair) -> None:
-    """Transfer one token of another prompt; what an older one has to send goes before it."""
-    transfer_id = pair.transfer(OTHER_SOURCE, OTHER_TARGET, 0, 1)
-    assert pair.next_completed() == (transfer_id, 1, None)
-
-
-def test_a_short_prompt_goes_in_one_piece(in_pieces: Pair) -> None:
-    transfer_id = in_pieces.begin(SOURCE, TARGET, 0, PIECE_TOKENS)
-    for start in range(PIECE_TOKENS - 1):
-        in_pieces.sender.push(transfer_id, SOURCE, start, start + 1)
-        pass_by(in_pieces)
-    assert in_pieces.receiver.counters().segments == PIECE_TOKENS - 1  # those that passed by
-    in_pieces.send_all(transfer_id, SOURCE, PIECE_TOKENS - 1, PIECE_TOKENS)
-    assert in_pieces.next_completed() == (transfer_id, PIECE_TOKENS, None)
-    assert in_pieces.receiver.counters().segments == PIECE_TOKENS
-
-
-def test_a_long_prompt_goes_in_pieces_while_it_grows(in_pieces: Pair) -> None:
-    transfer_id = in_pieces.begin(SOURCE, TARGET, 0, 20)
-    in_pieces.sender.push(transfer_id, SOURCE, 0, PIECE_TOKENS)
-    wait_until(lambda: in_pieces.arrived(SOURCE, TARGET, 0, PIECE_TOKENS))
-    in_pieces.send_all(transfer_id, SOURCE, PIECE_TOKENS, 20)  # 16 tokens: two full segments
-    assert in_pieces.next_completed() == (transfer_id, 20, None)
-    assert in_pieces.receiver.counters().segments == 3
+    pair = make_memory_pair(sender_limits=limits)
+    transfer_id = pair.begin(SOURCE, TARGET, 0, 20)
+    pair.sender.push(transfer_id, SOURCE, 0, 4)
+    wait_until(lambda: pair.arrived(SOURCE, TARGET, 0, 4))
+    pair.send_all(transfer_id, SOURCE, 4, 20)  # two full segments
+    assert pair.next_completed() == (transfer_id, 20, None)
+    assert pair.receiver.counters().segments == 3
 
 
 def test_the_next_segment_is_gathered_while_one_is_on_the_wire(make_memory_pair: MakePair) -> None:
