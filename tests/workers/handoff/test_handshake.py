@@ -66,6 +66,8 @@ def _greet_both(transports, wrap_sender, wrap_receiver) -> list[HandoffError | N
         links.append(link)
         try:
             speak(wrap(link), WIRE, EPOCHS, 5.0)
+            if (speak, wrap) == (handshake.greet, _OtherVersion):
+                link.close()  # as it does on seeing this version
         except HandoffError as error:
             errors[index] = error
             link.close()
