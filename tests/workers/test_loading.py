@@ -69,6 +69,23 @@ def test_workers_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPat
     assert num_blocks(0.5) == 340
 
 
+def test_what_torch_keeps_of_replaced_weights_goes_to_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layout = KVLayout((LayerLayout(2, 64, 64),), torch.bfloat16, torch.bfloat16)
+    block_bytes = 16 * layout.num_bytes_per_token
+    free, reserved = 401 * block_bytes, 600 * block_bytes
+
+    def empty_cache() -> None:
+        nonlocal free, reserved
+        free, reserved = free + 500 * block_bytes, reserved - 500 * block_bytes
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 1001 * block_bytes))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    assert num_kv_blocks(layout, EngineConfig(), torch.device("cuda"), 1024) == 765
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
