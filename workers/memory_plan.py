@@ -1,6 +1,5 @@
 """How many KV blocks a worker gets."""
 
-import gc
 import os
 import re
 from pathlib import Path
@@ -53,7 +52,6 @@ def _derived_bytes(device: torch.device, gpu_share: float) -> int:
     if device.type == "cuda":
         # torch keeps what was freed, here the weights that merged ones have replaced: 7.5 GB of
         # Llama 3 8B, 36 GB of Qwen2.5 32B. It would count as used.
-        gc.collect()
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         # Of a part what this worker has not used yet, whether others have taken theirs or not.

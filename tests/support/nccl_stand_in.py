@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -67,6 +68,7 @@ def stand_in_transport(host: str, make_group: MakeGroup = Group) -> NcclTranspor
         NcclParts(
             make_group=make_group,
             current_device=lambda: 0,
+            make_byte=lambda: torch.empty(1, dtype=torch.uint8),
             is_control=lambda tensor: (
                 tensor.numel() >= HEADER_BYTES
             ),  # others stand for those on a GPU

@@ -4,7 +4,7 @@
       └──too late───▶ given up: an error now ──returns after all──▶ its result is closed
 
 Each runs on a thread of its own, which holds neither staging nor transfers. One that was given up
-waits on until it is let go; while a few do, no further ones are begun.
+waits on until it is let go; while a few do, no further ones are begun but those that must happen.
 """
 
 import logging
@@ -24,7 +24,7 @@ class _Closes(Protocol):
     def close(self) -> None: ...
 
 
-_Made = TypeVar("_Made", bound=_Closes)
+_Made = TypeVar("_Made", bound=_Closes | None)
 
 
 class BoundedCalls(Generic[_Made]):
@@ -44,14 +44,21 @@ class BoundedCalls(Generic[_Made]):
         """Calls that were given up and have not returned."""
         return self._num_given_up
 
-    def run(self, make: Callable[[], _Made], timeout_seconds: float) -> _Made:
+    def run(
+        self, make: Callable[[], _Made], timeout_seconds: float, *, must_happen: bool = False
+    ) -> _Made:
         """Return what ``make`` makes, or close it if it comes too late.
+
+        Args:
+            make: Makes it, or does what leaves nothing to close and returns None.
+            timeout_seconds: For that.
+            must_happen: Also while too many hang, and here if there is no thread for it.
 
         Raises:
             LinkBrokenError: It did not return in time, too many others never have, or there is no
                 thread for it. Else what ``make`` raises.
         """
-        if self._num_given_up >= MAX_GIVEN_UP:
+        if self._num_given_up >= MAX_GIVEN_UP and not must_happen:
             raise LinkBrokenError(
                 f"{self._what} was not begun: {self._num_given_up} that were given up hang still"
             )
@@ -62,6 +69,8 @@ class BoundedCalls(Generic[_Made]):
         try:
             thread.start()
         except RuntimeError as error:  # the pod's bound of threads is reached
+            if must_happen:
+                return make()
             raise LinkBrokenError(f"{self._what} was not begun: {error}") from error
         try:
             return made.result(timeout_seconds)
@@ -78,8 +87,8 @@ class BoundedCalls(Generic[_Made]):
     def _came_late(self, made: Future[_Made]) -> None:
         with self._lock:
             self._num_given_up -= 1
-        if made.exception() is None:
-            made.result().close()
+        if made.exception() is None and (late := made.result()) is not None:
+            late.close()
 
 
 def _call(make: Callable[[], _Made], made: Future[_Made]) -> None:

@@ -8,15 +8,20 @@ has come over gloo, so no kernel spins on an idle link.
   ``max_ctas``, and the bound on links is what bounds the memory.
 * A kernel that waits for a dead peer ends with ``abort`` alone. Time-outs are kept here, not by
   torch's watchdog, which would end the whole process: a link dies alone.
-* Making a communicator waits for the peer without a bound: ``set_up`` gives it one.
+* Making a communicator waits for the peer without a bound, and so does posting the first message:
+  NCCL connects the two only then. Both are part of a link's set-up, which ``communicators`` bounds.
+  After that, posting a work queues a kernel and returns.
+* ``abort`` waits too, and frees what a work may be posted to at that moment. So ``close`` only
+  notes that the link is closed and closes gloo; a thread of ``communicators`` takes the lock that
+  is held while a work is posted, and then aborts. Nobody else ever lets go of the group.
 * ``wait`` of an NCCL work orders streams and returns at once, so the end is polled.
-* A work waits for the stream it is posted from, so each link has one: never for the engine's.
+* A work waits for the stream it is posted from, so each link has one: never for the engine's. torch
+  has 32 to give (4 with ROCm), in turn: see ``handoff.max_links``.
 
 No GPU has run this. What surrounds NCCL is tested with a stand-in for its process group.
 """
 
 import contextlib
-import functools
 import os
 import threading
 import time
@@ -30,8 +35,8 @@ import torch.distributed
 from torch import Tensor
 
 from antiphon.errors import ConfigError, LinkBrokenError
+from antiphon.workers.handoff.communicators import Communicators
 from antiphon.workers.handoff.gloo import GlooLink, GlooTransport
-from antiphon.workers.handoff.set_up import SetUps
 from antiphon.workers.handoff.transport import Link, Pending, Place
 
 _c10d: Any = torch.distributed  # its stubs lack what is used here
@@ -53,7 +58,7 @@ def check_nccl() -> None:
 
 
 def make_nccl_group(store: Any, rank: int, device: int) -> Any:
-    """A connected communicator of two ranks; both ends call it at the same time.
+    """A communicator of two ranks; both ends call it at the same time.
 
     Args:
         store: Where the two find each other.
@@ -64,12 +69,19 @@ def make_nccl_group(store: Any, rank: int, device: int) -> Any:
     # Read by the group when it is made. The defaults end the process on a time-out.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    # The watchdog sleeps four times this after an error, and who ends the group waits for it.
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "0")
     options = _c10d.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = _NEVER
     options.config.min_ctas, options.config.max_ctas = 1, _MAX_CTAS
     group = _c10d.ProcessGroupNCCL(store, rank, 2, options)
     group.eager_connect_single_device(torch.device("cuda", device))
     return group
+
+
+def byte_on_gpu() -> Tensor:
+    """Something to send, on the calling thread's device."""
+    return torch.empty(1, dtype=torch.uint8, device="cuda")
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
@@ -84,6 +96,7 @@ class NcclParts:
     Attributes:
         make_group: Makes the communicator from a store, a rank and a device.
         current_device: Of the calling thread.
+        make_byte: Makes the first message.
         is_control: Whether a tensor goes over gloo.
         make_stream: Makes what a link's works are posted from, for ``on_stream``.
         on_stream: Enters it.
@@ -91,6 +104,7 @@ class NcclParts:
 
     make_group: Callable[[Any, int, int], Any] = make_nccl_group
     current_device: Callable[[], int] = torch.cuda.current_device
+    make_byte: Callable[[], Tensor] = byte_on_gpu
     is_control: Callable[[Tensor], bool] = is_on_cpu
     make_stream: Callable[[], Any] = torch.cuda.Stream
     on_stream: Callable[[Any], contextlib.AbstractContextManager[Any]] = torch.cuda.stream
@@ -101,18 +115,42 @@ class NcclLink(Link):
 
     Args:
         control: Carries what lies on the CPU.
-        group: Carries what lies on the GPU.
+        group: Carries what lies on the GPU; from now on the link's alone.
         peer_rank: Of the other end.
         parts: How.
+        end: Calls what ends the group, on a thread of its own.
+
+    Attributes:
+        is_closed: Whether this end has broken the link.
     """
 
-    def __init__(self, control: GlooLink, group: Any, peer_rank: int, parts: NcclParts) -> None:
+    def __init__(
+        self,
+        control: GlooLink,
+        group: Any,
+        peer_rank: int,
+        parts: NcclParts,
+        end: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self.is_closed = False
         self._control = control
         self._group: Any | None = group
         self._peer_rank = peer_rank
         self._parts = parts
+        self._end = end
         self._stream = parts.make_stream()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held while a work is posted, and to take the group away
+
+    def meet(self, timeout_seconds: float) -> None:
+        """Send the first message, as payload goes: from the end that connected.
+
+        Raises:
+            LinkBrokenError: It failed or took too long, and the link is closed. What comes before
+                the wait has no bound.
+        """
+        with self._parts.on_stream(self._stream):
+            byte = self._parts.make_byte()
+        self._post("send" if self._peer_rank == 0 else "recv", byte).wait(timeout_seconds)
 
     def start_send(self, tensors: Sequence[Tensor]) -> "NcclPending":
         """See ``Link.start_send``."""
@@ -131,29 +169,30 @@ class NcclLink(Link):
         return self._post("recv", tensor)
 
     def close(self) -> None:
-        """See ``Link.close``."""
+        """See ``Link.close``; the communicator ends a little later."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._control.close()
+        self._end(self._abort)
+
+    def _abort(self) -> None:
         with self._lock:
             group, self._group = self._group, None
-        self._control.close()
-        if group is not None:
+        if group is not None:  # two may have closed the link at once
             with contextlib.suppress(RuntimeError):  # it may have failed already
                 group.abort()
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether this end has broken the link."""
-        return self._group is None
-
     def _post(self, operation: str, tensor: Tensor) -> "NcclWork":
-        group = self._group
-        if group is None:
-            raise LinkBrokenError("the link was closed at this end")
         try:
-            with self._parts.on_stream(self._stream):
-                return NcclWork(self, getattr(group, operation)([tensor], self._peer_rank, 0))
+            with self._lock, self._parts.on_stream(self._stream):
+                if self.is_closed:
+                    raise LinkBrokenError("the link was closed at this end")
+                work = getattr(self._group, operation)([tensor], self._peer_rank, 0)
         except RuntimeError as error:
             self.close()
             raise LinkBrokenError(f"the link broke: {error}") from error
+        return NcclWork(self, work)
 
 
 class NcclPending:
@@ -213,17 +252,23 @@ class NcclTransport(GlooTransport):
         if parts is None:
             check_nccl()
         self._parts = parts or NcclParts()
-        self._set_ups = SetUps()
+        self._communicators = Communicators()
         super().__init__(host)
 
     def _join(self, store: Any, link_id: str, rank: int, timeout_seconds: float) -> Link:
         device = self._parts.current_device()
         control = self._join_gloo(store, link_id, rank, timeout_seconds)
         prefix = _c10d.PrefixStore(f"{link_id}/nccl", store)
-        make = functools.partial(self._parts.make_group, prefix, rank, device)
+
+        def make() -> NcclLink:
+            group = self._parts.make_group(prefix, rank, device)
+            link = NcclLink(control, group, 1 - rank, self._parts, self._communicators.end)
+            del group  # the link's alone: where the last reference goes, its destructor waits
+            link.meet(timeout_seconds)
+            return link
+
         try:
-            group = self._set_ups.run(make, timeout_seconds)
+            return self._communicators.make(make, timeout_seconds)
         except Exception:
             control.close()  # which the other end sees, if it got further
             raise
-        return NcclLink(control, group, 1 - rank, self._parts)

@@ -113,7 +113,9 @@ def test_channels_are_capped_and_no_watchdog_ends_the_process(monkeypatch: pytes
     monkeypatch.setattr(nccl, "_c10d", SimpleNamespace(ProcessGroupNCCL=_Nccl))
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for name in ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_ENABLE_MONITORING"):
+    names = ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING", "WAIT_TIMEOUT_DUMP_MILSEC")
+    variables = [f"TORCH_NCCL_{name}" for name in names]
+    for name in variables:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
@@ -124,8 +126,7 @@ def test_channels_are_capped_and_no_watchdog_ends_the_process(monkeypatch: pytes
     config = group.options.config
     assert (config.min_ctas, config.max_ctas) == (1, 4)
     assert group.options._timeout.days >= 1
-    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
-    assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    assert [os.environ[name] for name in variables] == ["0", "0", "0"]
 
 
 def test_its_payload_is_staged_beside_the_cache():

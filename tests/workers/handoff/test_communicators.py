@@ -1,8 +1,9 @@
-"""A communicator that is never made costs its link, and holds that link's thread for a bound."""
+"""A communicator that is never made, or never ends, costs its link and holds nobody's thread."""
 
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,22 +12,29 @@ from handoff_pair import Pair, handoff_threads, wait_until
 from nccl_stand_in import stand_in_transport
 
 from antiphon.errors import LinkBrokenError
-from antiphon.workers.handoff import set_up
+from antiphon.workers.handoff import bounded_calls, communicators
+from antiphon.workers.handoff.communicators import Communicators
 from antiphon.workers.handoff.gloo import GlooTransport
 from antiphon.workers.handoff.receiver import ReceiverLimits
-from antiphon.workers.handoff.set_up import SetUps
 
 WAIT_SECONDS = 10.0
 
 
 class Made:
-    """What came of a set-up."""
+    """What came of a set-up: a link, or the communicator of one."""
 
     def __init__(self) -> None:
-        self.aborted = threading.Event()
+        self.ended = threading.Event()
 
-    def abort(self) -> None:
-        self.aborted.set()
+    def close(self) -> None:
+        self.ended.set()
+
+    abort = close
+
+    def send(self, *_: Any) -> Any:
+        return SimpleNamespace(is_completed=lambda: True, exception=lambda: None)
+
+    recv = send
 
 
 class Peer:
@@ -52,24 +60,9 @@ def peer() -> Iterator[Peer]:
 
 def test_one_in_time_is_the_link_s(peer: Peer) -> None:
     peer.comes.set()
-    made = SetUps().run(peer, WAIT_SECONDS)
+    made = Communicators().make(peer, WAIT_SECONDS)
     assert [made] == peer.made
-    assert not made.aborted.is_set()
-
-
-def test_one_that_hangs_is_given_up_and_aborted_when_it_returns_after_all(
-    peer: Peer, caplog: pytest.LogCaptureFixture
-) -> None:
-    set_ups = SetUps()
-    began_at = time.monotonic()
-    with pytest.raises(LinkBrokenError, match=r"did not end in 0\.1 s"):
-        set_ups.run(peer, 0.1)
-    assert time.monotonic() - began_at < 5
-    assert set_ups.num_given_up == 1
-    assert "1 such hang now" in caplog.text
-    peer.comes.set()
-    wait_until(lambda: set_ups.num_given_up == 0)
-    assert peer.made[0].aborted.wait(WAIT_SECONDS)
+    assert not made.ended.is_set()
 
 
 def test_a_failure_says_what_nccl_said() -> None:
@@ -77,20 +70,44 @@ def test_a_failure_says_what_nccl_said() -> None:
         raise RuntimeError("unhandled system error")
 
     with pytest.raises(LinkBrokenError, match="NCCL set-up failed: unhandled system error"):
-        SetUps().run(fail, WAIT_SECONDS)
+        Communicators().make(fail, WAIT_SECONDS)
 
 
-def test_while_many_hang_none_is_begun(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(set_up, "MAX_GIVEN_UP", 2)
-    set_ups = SetUps()
-    for _ in range(2):
-        with pytest.raises(LinkBrokenError, match="did not end"):
-            set_ups.run(peer, 0.01)
-    with pytest.raises(LinkBrokenError, match="2 that were given up hang still"):
-        set_ups.run(peer, WAIT_SECONDS)
+def test_an_end_that_hangs_holds_nobody_and_counts_as_well(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(communicators, "END_SECONDS", 0.01)
+    monkeypatch.setattr(bounded_calls, "MAX_GIVEN_UP", 1)
+    enders = Communicators()
+    began_at = time.monotonic()
+    enders.end(lambda: peer().close())
+    assert time.monotonic() - began_at < 5
+    wait_until(lambda: enders.num_given_up == 1)
+    wait_until(lambda: "NCCL abort is given up; 1 such calls hang now" in caplog.text)
+    with pytest.raises(LinkBrokenError, match="1 aborts hang"):
+        enders.make(peer, WAIT_SECONDS)
+    another = Made()
+    enders.end(another.abort)  # it holds memory, so it is ended all the same
+    assert another.ended.wait(WAIT_SECONDS)
     peer.comes.set()
-    wait_until(lambda: set_ups.num_given_up == 0)
-    assert set_ups.run(peer, WAIT_SECONDS) is peer.made[-1]
+    wait_until(lambda: enders.num_given_up == 0)
+    assert peer.made[0].ended.is_set()
+
+
+def test_where_no_thread_can_be_started_a_communicator_is_ended_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made = Made()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    Communicators().end(made.abort)
+    assert made.ended.is_set()
+    assert "without a thread of its own: can't start new thread" in caplog.text
+    inner = Made()
+    Communicators()._end(inner.abort)
+    assert inner.ended.is_set()
 
 
 def test_a_link_whose_communicator_is_never_made_breaks_at_both_ends(peer: Peer) -> None:
@@ -114,7 +131,7 @@ def test_a_link_whose_communicator_is_never_made_breaks_at_both_ends(peer: Peer)
     accepting.close()
     peer.comes.set()
     wait_until(lambda: len(peer.made) == 2)
-    assert all(made.aborted.wait(WAIT_SECONDS) for made in peer.made)
+    assert all(made.ended.wait(WAIT_SECONDS) for made in peer.made)
 
 
 def test_a_link_that_only_one_end_could_make_is_offered_no_longer_than_that_may_take() -> None:
