@@ -161,6 +161,32 @@ def test_somebody_must_decode():
     assert "prefill.replicas is 3 but decode.replicas is 0" in line
 
 
+ON_GPUS = {"handoff": {"transport": "nccl"}, "prefill": {"num_gpus": 1}, "decode": {"num_gpus": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decode": {"num_gpus": 0.5}}, "decode.num_gpus is 0.5: NCCL connects whole GPUs"),
+        ({"prefill": {"num_gpus": 1.5}}, "prefill.num_gpus is 1.5: NCCL connects whole GPUs"),
+        ({"handoff": {"transport": "nccl", "max_links": 33}}, "handoff.max_links is 33: torch has"),
+    ],
+)
+def test_what_nccl_cannot_do_is_refused(changes, words):
+    _, line = problems({**ON_GPUS, **changes})
+    assert f"handoff.transport is nccl, but {words}" in line
+    gloo = {**ON_GPUS, **changes, "handoff": {"max_links": 33}}
+    assert parse_config(gloo).handoff.max_links == 33
+
+
+def test_links_over_nccl_are_as_many_as_torch_has_streams_for():
+    assert parse_config({}).handoff.max_links == 64
+    assert parse_config(ON_GPUS).handoff.max_links == 32
+    few = parse_config({**ON_GPUS, "handoff": {"transport": "nccl", "max_links": 4}})
+    assert few.handoff.max_links == 4
+    assert parse_config(few.model_dump(mode="json")) == few
+
+
 def test_options_go_over_the_file(tmp_path: Path):
     path = tmp_path / "pools.yaml"
     path.write_text(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
 from antiphon.byte_sizes import Bytes, PositiveBytes
+from antiphon.config_checks import MAX_NCCL_LINKS, check_together
 from antiphon.listening import ANY_PORT
 from antiphon.messages import MAX_PREFILL_CANDIDATES
 
@@ -136,10 +137,21 @@ class HandoffConfig(_Section):
         description="Less KV than this is not sent before the prompt is done, so that a short "
         "prompt goes in one piece; more is sent while later tokens are computed.",
     )
-    max_links: Annotated[int, Field(ge=1)] = Field(64, description="Open links of one worker.")
+    max_links: Annotated[int, Field(ge=1)] = Field(
+        64,
+        description="Open links of one worker. With nccl at most 32, which is the default then: "
+        "torch has no streams of their own for more.",
+    )
     max_pending: Annotated[int, Field(ge=1)] = Field(
         32, description="Prompts that one decode worker may await from prefill workers at once."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nccl_has_fewer_links(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("transport") == "nccl":
+            return {"max_links": MAX_NCCL_LINKS, **data}
+        return data
 
 
 class RouterConfig(_Section):
@@ -276,22 +288,8 @@ class AntiphonConfig(_Section):
         return data
 
     @model_validator(mode="after")
-    def _metrics_have_keys_to_ask_for(self) -> Self:
-        if self.http.metrics_need_key and self.http.api_key_file is None:
-            raise ValueError("http.metrics_need_key is true, but http.api_key_file is not set")
-        return self
-
-    @model_validator(mode="after")
-    def _somebody_decodes(self) -> Self:
-        if self.decode.replicas + self.colocated.replicas == 0:
-            raise ValueError(
-                "decode.replicas and colocated.replicas are both 0: nothing can decode"
-            )
-        if self.prefill.replicas and not self.decode.replicas:
-            raise ValueError(
-                f"prefill.replicas is {self.prefill.replicas} but decode.replicas is 0; "
-                "prefill workers need decode workers to send to"
-            )
+    def _sections_fit_together(self) -> Self:
+        check_together(self)
         return self
 
     @property

@@ -54,7 +54,28 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"networkPolicy": {"operatorPeers": []}}, "minItems: got 0, want 1"),
     (
         {"config": {"handoff": {"transport": "nccl"}, "prefill": {"num_gpus": 1}}},
-        "config.handoff.transport is nccl, but config.decode.num_gpus is 0: NCCL connects GPUs",
+        "config.handoff.transport is nccl, but config.decode.num_gpus is 0: NCCL connects whole GPUs",
+    ),
+    (
+        {
+            "config": {
+                "handoff": {"transport": "nccl", "max_links": 33},
+                "prefill": {"num_gpus": 1},
+                "decode": {"num_gpus": 0.5},
+            },
+            "pools": {"decode": {"workersPerPod": 2}},
+        },
+        "config.handoff.transport is nccl, but config.decode.num_gpus is 0.5: NCCL connects whole",
+    ),
+    (
+        {
+            "config": {
+                "handoff": {"transport": "nccl", "max_links": 33},
+                "prefill": {"num_gpus": 1},
+                "decode": {"num_gpus": 1},
+            }
+        },
+        "config.handoff.transport is nccl, but config.handoff.max_links is 33: torch has streams",
     ),
     (
         {"pools": {"decode": {"nccl": {"ibHca": "mlx5_0"}}}},

@@ -73,9 +73,14 @@
 {{- define "antiphon.checkNetwork" -}}
 {{- $values := index .root.Values.pools .pool -}}
 {{- $nccl := or $values.nccl.socketIfname $values.nccl.ibHca $values.nccl.env -}}
-{{- $transport := (get .root.Values.config "handoff" | default dict).transport | default "gloo" -}}
-{{- if and (eq $transport "nccl") (not .numbers.gpus) -}}
-{{- fail (printf "config.handoff.transport is nccl, but config.%s.num_gpus is 0: NCCL connects GPUs" .pool) -}}
+{{- $handoff := get .root.Values.config "handoff" | default dict -}}
+{{- $transport := $handoff.transport | default "gloo" -}}
+{{- $gpus := (get .root.Values.config .pool | default dict).num_gpus | default 0 -}}
+{{- if and (eq $transport "nccl") (or (not $gpus) (ne (float64 $gpus) (floor $gpus))) -}}
+{{- fail (printf "config.handoff.transport is nccl, but config.%s.num_gpus is %v: NCCL connects whole GPUs" .pool $gpus) -}}
+{{- end -}}
+{{- if and (eq $transport "nccl") (gt (int $handoff.max_links) 32) -}}
+{{- fail (printf "config.handoff.transport is nccl, but config.handoff.max_links is %v: torch has streams for 32" $handoff.max_links) -}}
 {{- end -}}
 {{- if and $nccl (ne $transport "nccl") -}}
 {{- fail (printf "pools.%s.nccl is set, but config.handoff.transport is %s" .pool $transport) -}}
