@@ -20,15 +20,17 @@ class AttentionShape:
     """What of a model decides which configuration its attention takes.
 
     Attributes:
-        num_q_heads: Of the layer with most.
         num_kv_heads: Of the layer with most.
+        group: Query heads of a KV head, of the layer with most.
         head_dim: The widest.
+        dtype: Of the queries.
         cache_dtype: Of K and V.
     """
 
-    num_q_heads: int
     num_kv_heads: int
+    group: int
     head_dim: int
+    dtype: torch.dtype
     cache_dtype: torch.dtype
 
 

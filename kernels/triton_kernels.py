@@ -25,7 +25,13 @@ from antiphon.kernels.paged_kv import PagedKV, WireKV
 from antiphon.kernels.prefill_attention import prefill_attention
 from antiphon.kernels.prefill_plan import plan_prefill
 from antiphon.kernels.scatter_kv import scatter_kv
-from antiphon.kernels.tuning import AttentionConfigs, Role, Tuning, tuning_for
+from antiphon.kernels.tuning import (
+    FLOAT32_OVER_LESS,
+    AttentionConfigs,
+    Role,
+    Tuning,
+    tuning_for,
+)
 
 
 def make_triton_kernels(device: torch.device, role: Role) -> "TritonKernels":
@@ -64,7 +70,7 @@ class TritonKernels:
         self._side_tables: dict[int, tuple[SideTable, ...]] = {}
 
     def prepare(self, shape: AttentionShape) -> None:
-        """Choose configurations for a model and the dtype of its cache.
+        """Choose configurations for a model and the dtypes of it and its cache.
 
         Raises:
             ConfigError: The architecture has no configuration for them.
@@ -73,17 +79,26 @@ class TritonKernels:
             raise ConfigError(
                 "engine.kv_cache_dtype: got fp8, which sm_80 cannot convert; use int8"
             )
-        key = (max(64, padded_dim(shape.head_dim)), shape.cache_dtype.itemsize * 8)
-        self._configs = self._tuning.attention(key)
+        self._configs = self._configs_for(shape)
         decode, shared = self._configs.decode, self._configs.shared_prefix
         resident = self._num_sms * decode.min_ctas_per_sm
-        group = shape.num_q_heads // shape.num_kv_heads
         self._capacity = DecodeCapacity(
             num_items=max(1, resident // shape.num_kv_heads),
             block_n=decode.block_n,
-            members_per_item=max(1, shared.block_m // group),
+            members_per_item=max(1, shared.block_m // shape.group),
             shared_prefix_min_tokens=self._tuning.shared_prefix_min_tokens,
         )
+
+    def _configs_for(self, shape: AttentionShape) -> AttentionConfigs:
+        head_dim = max(64, padded_dim(shape.head_dim))
+        if shape.dtype != torch.float32 or shape.cache_dtype == torch.float32:
+            return self._tuning.attention((head_dim, shape.cache_dtype.itemsize * 8))
+        if head_dim > 64:
+            raise ConfigError(
+                "engine.kv_cache_dtype: no attention is tuned for a float32 model with heads of "
+                f"{head_dim} and a smaller cache; set model.dtype: bfloat16, or leave it at auto"
+            )
+        return FLOAT32_OVER_LESS
 
     def make_batch(
         self,

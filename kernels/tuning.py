@@ -72,9 +72,10 @@ class Tuning:
         """
         tables = (self.prefill_attention, self.decode_attention, self.shared_prefix_attention)
         if any(key not in table for table in tables):
+            widest = max(head_dim for head_dim, _ in self.decode_attention)
             raise ConfigError(
-                f"no attention is tuned on {self.target} for heads of {key[0]} and a cache of "
-                f"{key[1]} bits; choose another engine.kv_cache_dtype"
+                f"no attention is tuned on {self.target} for heads of {key[0]} and elements of "
+                f"{key[1]} bits, only for heads of up to {widest}; engine.device: cpu does without"
             )
         return AttentionConfigs(*(table[key] for table in tables))  # type: ignore[arg-type]
 
@@ -90,6 +91,12 @@ _DECODE_32_BIT = {
     (128, 32): DecodeConfig(16, 4, 2, 3),
     (256, 32): DecodeConfig(16, 4, 2, 1),
 }
+
+# Float32 queries over a cache of another dtype, heads of 64, on every architecture: the conversion
+# takes registers. With wider heads even these tiles spill, so there is none.
+FLOAT32_OVER_LESS = AttentionConfigs(
+    PrefillConfig(16, 16, 4, 2), DecodeConfig(16, 4, 2, 2), PrefillConfig(16, 16, 4, 2)
+)
 
 # There the tiles above spill a few bytes.
 _PREFILL_32_BIT_SM_80 = {**_PREFILL_32_BIT, (128, 32): PrefillConfig(16, 32, 4, 2)}

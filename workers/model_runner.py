@@ -43,9 +43,11 @@ class ModelRunner:
         layers = cache.layout.layers
         model.kernels.prepare(
             AttentionShape(
-                num_q_heads=model.num_q_heads,
                 num_kv_heads=max(layer.num_kv_heads for layer in layers),
+                # Some families have fewer KV heads in some layers, each with more query heads.
+                group=model.num_q_heads // min(layer.num_kv_heads for layer in layers),
                 head_dim=max(max(layer.k_head_dim, layer.v_head_dim) for layer in layers),
+                dtype=model.layout.dtype,
                 cache_dtype=cache.layout.dtype,
             )
         )

@@ -26,13 +26,20 @@ from antiphon.kernels.prefill_plan import plan_prefill
 from antiphon.kernels.rms_norm import add_rms_norm, rms_norm
 from antiphon.kernels.scatter_kv import scatter_kv
 from antiphon.kernels.silu_and_mul import silu_and_mul
-from antiphon.kernels.tuning import DecodeConfig, PrefillConfig, Tuning
+from antiphon.kernels.tuning import (
+    FLOAT32_OVER_LESS,
+    AttentionConfigs,
+    DecodeConfig,
+    PrefillConfig,
+    Tuning,
+)
 from antiphon.kernels.write_kv import write_kv
 
 Q_HEADS, KV_HEADS, BLOCK_SIZE = 32, 8, 16
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 4096, 14336
 CPU = torch.device("cpu")
 CACHE_DTYPES = {8: torch.int8, 16: torch.bfloat16, 32: torch.float32}
+QUERY_DTYPES = {8: torch.bfloat16, 16: torch.bfloat16, 32: torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +70,23 @@ def launches(prefill: Tuning, decode: Tuning, *, fp8: bool) -> Iterator[Launch]:
     seen = set()
     for tuning in (prefill, decode):
         for head_dim, bits in tuning.prefill_attention:
-            dtype = CACHE_DTYPES[bits]
-            for launch in _attention(tuning, (head_dim, bits), head_dim, dtype, PLAIN):
+            configs, dtypes = (
+                tuning.attention((head_dim, bits)),
+                (QUERY_DTYPES[bits], CACHE_DTYPES[bits]),
+            )
+            for launch in _attention(tuning.role, configs, head_dim, dtypes, PLAIN):
                 key = (launch.op, launch.config, launch.shape)
                 if key not in seen:
                     seen.add(key)
                     yield launch
+    yield from _attention("both", FLOAT32_OVER_LESS, 64, (torch.float32, torch.int8), PLAIN)
+    bf16, wide = torch.bfloat16, decode.attention((128, 16))
     for head_dim in (80, 96):
-        yield from _attention(decode, (128, 16), head_dim, torch.bfloat16, PLAIN)
-    yield from _attention(decode, (128, 16), 128, torch.bfloat16, _all_features())
+        yield from _attention("decode", wide, head_dim, (bf16, bf16), PLAIN)
+    yield from _attention("decode", wide, 128, (bf16, bf16), _all_features())
     if fp8:
-        yield from _attention(decode, (128, 8), 128, torch.float8_e4m3fn, PLAIN)
+        configs = decode.attention((128, 8))
+        yield from _attention("decode", configs, 128, (bf16, torch.float8_e4m3fn), PLAIN)
     yield from _cache_ops(fp8=fp8)
     yield from _layer_ops()
 
@@ -86,15 +99,14 @@ def _all_features() -> AttentionFeatures:
 
 
 def _attention(
-    tuning: Tuning,
-    key: tuple[int, int],
+    role: str,
+    configs: AttentionConfigs,
     head_dim: int,
-    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, torch.dtype],
     features: AttentionFeatures,
 ) -> Iterator[Launch]:
-    configs = tuning.attention(key)
+    query_dtype, dtype = dtypes
     kv = make_kv(dtype, head_dim)
-    query_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     shape = f"{head_dim} {short(query_dtype)}/{short(dtype)}"
     if features is not PLAIN:
         shape += " all features"
@@ -109,7 +121,7 @@ def _attention(
         ),
         configs.prefill.min_ctas_per_sm,
         has_dot,
-        tuning.role,
+        role,
     )
     tokens = torch.empty(2, Q_HEADS, head_dim, dtype=query_dtype)
     yield Launch(

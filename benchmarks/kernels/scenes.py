@@ -79,7 +79,8 @@ def make_scene(
         shared_tokens: Leading tokens that all requests have in common, whole blocks.
     """
     kernels = make_triton_kernels(device, role)
-    kernels.prepare(AttentionShape(Q_HEADS, KV_HEADS, HEAD_DIM, dtype))
+    shape = AttentionShape(KV_HEADS, Q_HEADS // KV_HEADS, HEAD_DIM, torch.bfloat16, dtype)
+    kernels.prepare(shape)
     seq_lens = [start + new for start, new in requests]
     shared = shared_tokens // BLOCK_SIZE
     num_blocks = shared + sum(-(-n // BLOCK_SIZE) - shared for n in seq_lens)

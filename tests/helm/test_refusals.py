@@ -54,7 +54,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"networkPolicy": {"operatorPeers": []}}, "minItems: got 0, want 1"),
     (
         {"config": {"handoff": {"transport": "nccl"}, "prefill": {"num_gpus": 1}}},
-        "config.handoff.transport is nccl, but config.decode.num_gpus is 0: NCCL connects whole GPUs",
+        "config.handoff.transport is nccl, but config.decode.num_gpus is 0: NCCL connects whole",
     ),
     (
         {

@@ -119,8 +119,11 @@ class NotingCuda:
 def _runner(device: str) -> ModelRunner:
     layer = SimpleNamespace(num_kv_heads=1, k_head_dim=8, v_head_dim=8)
     kernels = SimpleNamespace(prepare=lambda shape: None)
-    model: Any = SimpleNamespace(device=torch.device(device), kernels=kernels, num_q_heads=1)
-    cache: Any = SimpleNamespace(layout=SimpleNamespace(layers=(layer,), dtype=torch.float32))
+    layout = SimpleNamespace(layers=(layer,), dtype=torch.float32)
+    model: Any = SimpleNamespace(
+        device=torch.device(device), kernels=kernels, num_q_heads=1, layout=layout
+    )
+    cache: Any = SimpleNamespace(layout=layout)
     return ModelRunner(model, cache)
 
 
