@@ -84,9 +84,11 @@ class NotingCuda:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.pools: list[object] = []
+        self.num_streams = 0
         self._entered = ["engine"]
 
     def Stream(self) -> Any:
+        self.num_streams += 1
         return SimpleNamespace(name="warm-up", wait_stream=lambda other: None)
 
     def CUDAGraph(self) -> Any:
@@ -151,10 +153,11 @@ def test_a_step_without_samples_is_over_when_it_returns(monkeypatch: pytest.Monk
     assert cuda.lines == ["engine computes", "host waits for engine of cuda:1"]
 
 
-def test_captured_steps_share_one_pool_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_share_one_pool_of_memory_and_one_stream_to_warm_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = NotingCuda()
     monkeypatch.setattr(torch, "cuda", cuda)
     batch: Any = None
     DecodeGraphs(lambda _: torch.zeros(1), lambda _: batch, (1, 2, 4), cuda_graph_capture())
     assert len(cuda.pools) == 3
     assert len(set(cuda.pools)) == 1
+    assert cuda.num_streams == 1
