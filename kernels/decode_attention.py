@@ -21,7 +21,7 @@ from antiphon.kernels.shared_prefix_attention import shared_prefix_attention
 from antiphon.kernels.tuning import DecodeConfig, PrefillConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # see prefill_attention
 def _decode_attention_kernel(
     partial_ptr,  # [num_rows, Q_LEN, num_q_heads, V_DIM] float32
     lse_ptr,  # [num_rows, Q_LEN, num_q_heads] float32

@@ -30,12 +30,14 @@ class SideTable:
             scales, for one token; multiply by the number of tokens.
         num_heads: Of each side.
         head_dim: Of each side.
+        is_aligned: Whether offsets in elements are multiples of 16, as heads of usual width have.
     """
 
     pointers: Tensor
     offsets: Tensor
     num_heads: int
     head_dim: int
+    is_aligned: bool
 
 
 def make_side_tables(layers: Sequence[PagedKV]) -> tuple[SideTable, ...]:
@@ -62,12 +64,13 @@ def make_side_tables(layers: Sequence[PagedKV]) -> tuple[SideTable, ...]:
             torch.tensor(pointers[shape], dtype=torch.int64, device=device),
             torch.tensor(offsets[shape], dtype=torch.int64, device=device),
             *shape,
+            all(offset % 16 == 0 for offset, _ in offsets[shape]),
         )
         for shape in pointers
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # see prefill_attention
 def _copy_kv_kernel(
     like_cache_ptr,  # any cache tensor: its element type is that of all
     wire_ptr,  # elements of WireKV
@@ -81,6 +84,7 @@ def _copy_kv_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     PAGE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # offsets are multiples of 16
     TO_WIRE: tl.constexpr,
     PLAIN: tl.constexpr,  # both ends hold the same format
     FROM_SCALED: tl.constexpr,
@@ -99,6 +103,8 @@ def _copy_kv_kernel(
     elements = heads[:, None] * DIM + dims[None, :]
     cache_at = cache_ptr + slot * (HEADS * DIM) + elements
     first = tl.load(offsets_ptr + side * 2) * num_tokens
+    if ALIGNED:  # or the wire would be accessed element by element
+        first = tl.multiple_of(first, 16)
     wire_at = wire_ptr + first + token * (HEADS * DIM) + elements
     cache_scale_at = scales_ptr + (slot // PAGE * HEADS + heads) * PAGE + slot % PAGE
     first_scale = tl.load(offsets_ptr + side * 2 + 1) * num_tokens
@@ -175,6 +181,7 @@ def copy_kv(
             DIM=table.head_dim,
             DIM_PAD=padded_dim(table.head_dim),
             PAGE=layers[0].block_size,
+            ALIGNED=table.is_aligned,
             TO_WIRE=to_wire,
             PLAIN=source == target,
             FROM_SCALED=source in QUANTISED_LIMITS,

@@ -18,7 +18,9 @@ from antiphon.kernels.paged_kv import PagedKV
 from antiphon.kernels.tuning import PrefillConfig
 
 
-@triton.jit
+# Numbers that change with the batch: a kernel for those that are 1 or multiples of 16 would gain
+# nothing, and be compiled while requests wait.
+@triton.jit(do_not_specialize=["num_skipped", "table_stride"])
 def _prefill_attention_kernel(
     out_ptr,  # [num_tokens, num_q_heads, V_DIM]
     query_ptr,  # [num_tokens, num_q_heads, K_DIM]

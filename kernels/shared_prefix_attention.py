@@ -20,7 +20,7 @@ from antiphon.kernels.paged_kv import PagedKV
 from antiphon.kernels.tuning import PrefillConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # see prefill_attention
 def _shared_prefix_attention_kernel(
     partial_ptr,  # [num_rows, Q_LEN, num_q_heads, V_DIM] float32
     lse_ptr,  # [num_rows, Q_LEN, num_q_heads] float32

@@ -51,6 +51,8 @@ def load(settings: WorkerSettings) -> Loaded:
         )  # fmt: skip
     cache = KVCache(layout, num_blocks, engine.block_size, device, kernels)
     runner = ModelRunner(model, cache)
+    if device.type == "cuda":
+        runner.warm_up()
     generates = settings.role is not Role.PREFILL or settings.target_itl_seconds is not None
     if kernels.captures_graphs and engine.cuda_graphs and generates:
         _capture_graphs(runner, engine)

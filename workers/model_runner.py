@@ -52,6 +52,20 @@ class ModelRunner:
             )
         )
 
+    def warm_up(self) -> None:
+        """Do every kind of work once, so that its kernels are compiled before anybody waits.
+
+        Writes to the first two blocks, which hold nothing yet.
+        """
+        rows = [_Row((0, 1), 0), _Row((0, 1), 0, (0, 0))]  # a decode step and a prompt
+        self.model.forward(self._pack(rows, range(2)), self.cache, lambda: False)
+        wire = torch.empty(
+            self.cache.num_bytes_per_token, dtype=torch.uint8, device=self.model.device
+        )
+        self.cache.gather((0,), 0, 1, wire)
+        self.cache.scatter((0,), 0, 1, wire)
+        self.settle()
+
     def capture_graphs(self, buckets: tuple[int, ...], capture: Capture) -> None:
         """Capture decode steps of these batch sizes; takes seconds each."""
 
