@@ -153,7 +153,9 @@ def test_a_step_without_samples_is_over_when_it_returns(monkeypatch: pytest.Monk
     assert cuda.lines == ["engine computes", "host waits for engine of cuda:1"]
 
 
-def test_captured_steps_share_one_pool_of_memory_and_one_stream_to_warm_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_steps_share_one_pool_of_memory_and_one_stream_to_warm_up_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda = NotingCuda()
     monkeypatch.setattr(torch, "cuda", cuda)
     batch: Any = None

@@ -264,7 +264,11 @@ class NcclTransport(GlooTransport):
             group = self._parts.make_group(prefix, rank, device)
             link = NcclLink(control, group, 1 - rank, self._parts, self._communicators.end)
             del group  # the link's alone: where the last reference goes, its destructor waits
-            link.meet(timeout_seconds)
+            try:
+                link.meet(timeout_seconds)
+            except Exception:
+                link.close()
+                raise
             return link
 
         try:
