@@ -12,7 +12,7 @@ since all ops take rows one by one; on a GPU the order of a sum may depend on ho
 import hashlib
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from antiphon.messages import SamplingParams
 _NUCLEUS_CANDIDATES = 1024
 # Below it float32 scores overflow to NaN; every draw is greedy long before that.
 _MIN_TEMPERATURE = 1e-6
+
+_Kind = tuple[int, bool]  # top_k, 0 for all; whether top_p is below 1
+_Row = tuple[float, ...]  # its number, temperature, top_p, uniform number
 
 
 def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
@@ -37,14 +40,14 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
         ``num_rows`` token ids.
     """
     tokens = logits.argmax(dim=-1)
-    alike: dict[tuple[int, bool], list[tuple[float, ...]]] = defaultdict(list)
+    alike: dict[_Kind, list[_Row]] = defaultdict(list)
     for row, (one, position) in enumerate(zip(params, positions, strict=True)):
         if one.temperature > 0:
             top_k = one.top_k if one.top_k < logits.shape[1] else 0
             temperature = max(one.temperature, _MIN_TEMPERATURE)
             draw = (row, temperature, one.top_p, uniform(one.seed, position))
             alike[top_k, one.top_p < 1].append(draw)
-    for (top_k, has_top_p), draws in alike.items():
+    for (top_k, has_top_p), draws in _pieces(alike, logits.is_cuda):
         # In one piece: every copy to a GPU waits for it.
         columns = torch.tensor(draws, dtype=torch.float64, device=logits.device)[..., None]
         rows, temperatures, top_p, uniforms = columns.unbind(1)
@@ -53,6 +56,15 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
         tokens[where] = _draw(scores, top_k, top_p.float() if has_top_p else None, uniforms)
     drawn: list[int] = tokens.tolist()
     return drawn
+
+
+def _pieces(alike: dict[_Kind, list[_Row]], is_cuda: bool) -> Iterator[tuple[_Kind, list[_Row]]]:
+    """Rows to draw at once: all alike, but for a CPU's whole vocabularies, which fill its cache."""
+    for kind, rows in alike.items():
+        if is_cuda or kind != (0, False):
+            yield kind, rows
+        else:
+            yield from ((kind, [row]) for row in rows)
 
 
 def uniform(seed: int, position: int) -> float:

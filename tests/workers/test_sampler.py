@@ -6,6 +6,7 @@ import torch
 from msgspec.structs import replace
 
 from antiphon.messages import SamplingParams
+from antiphon.workers import sampler
 from antiphon.workers.sampler import sample, uniform
 
 LOGITS = torch.tensor([0.1, 2.0, 1.0, -1.0, 1.5])
@@ -103,6 +104,13 @@ def draw_by_definition(logits: torch.Tensor, params: SamplingParams, u: float) -
     return int(token_ids[min(index, len(probs) - 1)])
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows that are truncated alike are drawn at once."""
+    monkeypatch.setattr(sampler, "_pieces", lambda alike, _: alike.items())
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("vocab_size", [50, 3000, 49_152])
 def test_rows_are_drawn_together_as_each_alone(
     vocab_size: int, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +136,7 @@ def test_rows_are_drawn_together_as_each_alone(
     assert sorted(drawn_from) == together
 
 
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_device_is_waited_for_as_often_however_many_rows_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
