@@ -7,7 +7,8 @@ at rates around what all rounds so far say their goodput is.
 
 import asyncio
 import statistics
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,8 +66,10 @@ class Result:
 
     @property
     def goodput(self) -> float:
-        """Requests per second; of the rounds where there were any, because of several systems
-        the one that a search says is best owes some of that to luck."""
+        """Requests per second, of the rounds where there were any.
+
+        Of several systems, the one that searches say is best owes some of that to luck.
+        """
         points = [point for points in self.rounds for point in points]
         return pooled_goodput(points) if points else self.found
 
@@ -152,15 +155,23 @@ class _Bench:
         for index in range(self.effort.rounds):
             for result in pair if index % 2 == 0 else reversed(pair):
                 rates = rates_around(result.goodput or guess)
-                rows = await self._measure(result.system, load, rates)
-                result.rows += rows
-                result.rounds.append([Point(row.rate, row.attainment) for row in rows])
+                async with self._measuring(result.system, load, result.rows) as measure:
+                    result.rounds.append([Point(rate, await measure(rate)) for rate in rates])
 
     async def _search(
         self, system: System, load: Load, guess: float, at_least: float = 0.0
     ) -> Result:
         rows: list[Measured] = []
         bracket = COARSE_BRACKET if self.effort.rounds else FINE_BRACKET
+        async with self._measuring(system, load, rows) as measure:
+            found, _ = await find_goodput(measure, guess, bracket, at_least)
+        return Result(system, found, rows)
+
+    @asynccontextmanager
+    async def _measuring(
+        self, system: System, load: Load, rows: list[Measured]
+    ) -> AsyncIterator[Callable[[float], Awaitable[float]]]:
+        """Start a system; what measures it at a rate prints and adds a row, returns attainment."""
         async with self.machine.running(system, self.targets) as driver:
             await _warm_up(driver)
 
@@ -169,17 +180,7 @@ class _Bench:
                 _print_row(system, rows[-1])
                 return rows[-1].attainment
 
-            found, _ = await find_goodput(measure, guess, bracket, at_least)
-        return Result(system, found, rows)
-
-    async def _measure(self, system: System, load: Load, rates: Sequence[float]) -> list[Measured]:
-        rows = []
-        async with self.machine.running(system, self.targets) as driver:
-            await _warm_up(driver)
-            for rate in rates:
-                rows.append(await driver.measure(load, rate))
-                _print_row(system, rows[-1])
-        return rows
+            yield measure
 
 
 async def _warm_up(driver: Driver) -> None:

@@ -28,7 +28,7 @@ from goodput_search import find_goodput
 from goodput_system import System
 from machine import describe_machine
 from simulated_pools import serve
-from virtual_time import Served, step_seconds
+from virtual_time import step_seconds
 
 _BRACKET = 1.05
 _NUM_WARM = 20  # at the beginning, and as many at the end, do not count
@@ -73,24 +73,19 @@ def compare(workload: Workload, num_requests: int, seed: int) -> dict[str, Any]:
 
 def _goodput(system: System, targets: Targets, load: list[LoadRequest], seed: int) -> float:
     async def measure(rate: float) -> float:
+        wanted = (targets.ttft_seconds, targets.tpot_seconds)
         pools = serve(
             system.roles,
-            (targets.ttft_seconds, targets.tpot_seconds),
+            wanted,
             Arrivals(load, rate, seed),
             max_batch_tokens=system.max_batch_tokens,
             keeps_targets=system.keeps_targets,
         )
         counted = list(pools.served.values())[_NUM_WARM:-_NUM_WARM]
-        return sum(_is_inside(served, targets) for served in counted) / len(counted)
+        return sum(served.is_inside(*wanted) for served in counted) / len(counted)
 
     goodput, _ = asyncio.run(find_goodput(measure, guess=1.0, bracket=_BRACKET))
     return goodput
-
-
-def _is_inside(served: Served, targets: Targets) -> bool:
-    return (
-        served.ttft_seconds <= targets.ttft_seconds and served.tpot_seconds <= targets.tpot_seconds
-    )
 
 
 def main() -> None:

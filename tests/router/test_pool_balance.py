@@ -20,10 +20,8 @@ TTFT_SECONDS, ITL_SECONDS = 1.7, 0.15
 
 def attainment(pools: SimulatedPools) -> float:
     """Share of the requests that were inside both targets."""
-    inside = [
-        served.ttft_seconds <= pools.ttft_seconds and served.tpot_seconds <= pools.itl_seconds
-        for served in pools.served.values()
-    ]
+    targets = pools.ttft_seconds, pools.itl_seconds
+    inside = [served.is_inside(*targets) for served in pools.served.values()]
     return sum(inside) / len(inside)
 
 

@@ -71,6 +71,10 @@ class Served:
     def is_complete(self) -> bool:
         return self.num_tokens == self.num_output_tokens
 
+    def is_inside(self, ttft_seconds: float, tpot_seconds: float) -> bool:
+        """Whether both targets were kept."""
+        return self.ttft_seconds <= ttft_seconds and self.tpot_seconds <= tpot_seconds
+
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
