@@ -12,6 +12,7 @@ from torch import Tensor
 
 from antiphon.kernels.attention_batch import AttentionBatch
 from antiphon.kernels.paged_kv import PagedKV, dequantise
+from antiphon.kernels.slot_rows import rows_of, slot_rows
 
 
 class ContextReader:
@@ -21,84 +22,78 @@ class ContextReader:
         kv: The layer's cache.
         batch: Whose contexts.
         dtype: In which to return them.
-        in_place: Return a view where a context lies in consecutive blocks: for a caller that
-            copies anyway, or reads it more than once.
     """
 
-    def __init__(
-        self, kv: PagedKV, batch: AttentionBatch, dtype: torch.dtype, *, in_place: bool
-    ) -> None:
-        self._kv = kv
+    def __init__(self, kv: PagedKV, batch: AttentionBatch, dtype: torch.dtype) -> None:
+        self._block_size = kv.block_size
+        self._sides = ((kv.keys, kv.key_scales), (kv.values, kv.value_scales))
         self._batch = batch
         self._dtype = dtype
-        self._in_place = in_place
 
-    def read(self, index: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def read(
+        self, index: int, start: int, end: int, repeats: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return K and V of one request's tokens ``[start, end)``.
 
-        Returns:
-            Two tensors ``[1, num_kv_heads, end - start, head_dim]``.
-        """
-        kv, first_slot = self._kv, self._batch.first_slots[index]
-        if self._in_place and first_slot is not None:
-            rows = slice(first_slot + start, first_slot + end)
-            keys = read_slots(kv.keys, kv.key_scales, rows, self._dtype)
-            values = read_slots(kv.values, kv.value_scales, rows, self._dtype)
-        else:
-            block_size = kv.block_size
-            first, stop = start // block_size, -(-end // block_size)
-            blocks: slice | Tensor
-            if first_slot is None:
-                blocks = self._batch.block_tables[index, first:stop]
-            else:
-                blocks = slice(first_slot // block_size + first, first_slot // block_size + stop)
-            rows = slice(start - first * block_size, end - first * block_size)
-            keys = self._read_blocks(0, kv.keys, kv.key_scales, blocks)[rows]
-            values = self._read_blocks(1, kv.values, kv.value_scales, blocks)[rows]
-        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        Args:
+            index: Of the request.
+            start: First token.
+            end: One past the last.
+            repeats: Return each head so many times, and the tokens of each together: for a caller
+                that reads them more than once.
 
-    def _read_blocks(
-        self, side: int, cache: Tensor, scales: Tensor | None, blocks: slice | Tensor
-    ) -> Tensor:
-        """``[tokens, num_kv_heads, head_dim]`` of whole blocks."""
+        Returns:
+            Two tensors ``[1, num_kv_heads * repeats, end - start, head_dim]``.
+        """
+        block_size, first_slot = self._block_size, self._batch.first_slots[index]
+        first, stop = start // block_size, -(-end // block_size)
+        blocks: slice | Tensor
+        if first_slot is None:
+            blocks = self._batch.block_tables[index, first:stop]
+        else:
+            run = first_slot // block_size
+            blocks = slice(run + first, run + stop)
+        rows = slice(start - first * block_size, end - first * block_size)
+        in_place = repeats is not None
+        keys = self._read_blocks(0, blocks, in_place=in_place)
+        values = self._read_blocks(1, blocks, in_place=in_place)
+        return _by_head(keys, rows, repeats), _by_head(values, rows, repeats)
+
+    def _read_blocks(self, side: int, blocks: slice | Tensor, *, in_place: bool) -> Tensor:
+        """``[blocks, block_size, num_kv_heads, head_dim]`` of K or V."""
+        cache, scales = self._sides[side]
         if scales is not None:
             elements = _select(cache.view(torch.int8), blocks).view(cache.dtype)
-            by_token = _select(scales, blocks).transpose(1, 2)
-            return dequantise(elements, by_token, self._dtype).flatten(0, 1)
-        count = blocks.stop - blocks.start if isinstance(blocks, slice) else len(blocks)
+            return dequantise(elements, _select(scales, blocks).transpose(1, 2), self._dtype)
         if isinstance(blocks, slice):
-            scratch = self._batch.scratch.take(side, self._dtype, (count, *cache.shape[1:]))
-            scratch.copy_(cache[blocks])
-        else:
-            scratch = self._batch.scratch.take(side, cache.dtype, (count, *cache.shape[1:]))
-            torch.index_select(cache, 0, blocks, out=scratch)
-        return scratch.flatten(0, 1).to(self._dtype)
+            source = cache[blocks]
+            if in_place:
+                return source.to(self._dtype)
+            return self._batch.scratch.take(side, self._dtype, tuple(source.shape)).copy_(source)
+        shape = (len(blocks), *cache.shape[1:])
+        scratch = self._batch.scratch.take(side, cache.dtype, shape)
+        return torch.index_select(cache, 0, blocks, out=scratch).to(self._dtype)
+
+
+def _by_head(blocks: Tensor, tokens: slice, repeats: int | None) -> Tensor:
+    """``[blocks, block_size, heads, head_dim] -> [1, heads * repeats, tokens, head_dim]``."""
+    if repeats is None:
+        return blocks.flatten(0, 1)[tokens].transpose(0, 1)[None]
+    count, block_size, num_heads, head_dim = blocks.shape
+    repeated = blocks.permute(2, 0, 1, 3)[:, None].expand(-1, repeats, -1, -1, -1)
+    return repeated.reshape(1, num_heads * repeats, count * block_size, head_dim)[:, :, tokens]
 
 
 def _select(x: Tensor, blocks: slice | Tensor) -> Tensor:
     return x[blocks] if isinstance(blocks, slice) else x.index_select(0, blocks)
 
 
-def read_slots(
-    cache: Tensor, scales: Tensor | None, slots: slice | Tensor, dtype: torch.dtype
-) -> Tensor:
+def read_slots(cache: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
     """``[tokens, num_kv_heads, head_dim]`` of some slots of K or V."""
-    elements = cache.view(-1, *cache.shape[2:])
-    by_slot = None if scales is None else _scales_of_slots(scales, slots)
-    if isinstance(slots, slice):
-        elements = elements[slots]
-    elif by_slot is not None:  # index_select knows no fp8; the bytes are the same
-        elements = elements.view(torch.int8).index_select(0, slots).view(cache.dtype)
-    else:
-        elements = elements.index_select(0, slots)
-    return elements.to(dtype) if by_slot is None else dequantise(elements, by_slot, dtype)
-
-
-def _scales_of_slots(scales: Tensor, slots: slice | Tensor) -> Tensor:
-    """``[tokens, num_kv_heads]``; copies no block's scales but those of the slots' own."""
-    num_heads, block_size = scales.shape[1:]
-    if isinstance(slots, Tensor):
-        return scales[slots // block_size, :, slots % block_size]
-    first, stop = slots.start // block_size, -(-slots.stop // block_size)
-    by_slot = scales[first:stop].transpose(1, 2).reshape(-1, num_heads)
-    return by_slot[slots.start - first * block_size : slots.stop - first * block_size]
+    rows, at = slot_rows(cache), rows_of(slots, cache)
+    if scales is None:
+        return rows.index_select(0, at).to(dtype)
+    # index_select knows no fp8; the bytes are the same
+    elements = rows.view(torch.int8).index_select(0, at).view(cache.dtype)
+    block_size = cache.shape[1]
+    return dequantise(elements, scales[slots // block_size, :, slots % block_size], dtype)

@@ -40,6 +40,9 @@ class KernelSet(Protocol):
     captures_graphs: bool
     """Whether a decode step reads nothing but tensors, so that a CUDA graph can replay it."""
 
+    keeps_blocks_together: bool
+    """Whether the ops take caches whose blocks keep K and V of all layers side by side."""
+
     def prepare(self, shape: AttentionShape) -> None:
         """Choose configurations for a model; before the first batch."""
         ...

@@ -19,8 +19,9 @@ class PagedKV:
     """K and V of one layer in the paged cache.
 
     Attributes:
-        keys: ``[num_blocks, block_size, num_kv_heads, k_head_dim]``, contiguous.
-        values: ``[num_blocks, block_size, num_kv_heads, v_head_dim]``, contiguous.
+        keys: ``[num_blocks, block_size, num_kv_heads, k_head_dim]``, contiguous for the Triton
+            kernels, and for the torch ops within each block (``slot_rows``).
+        values: ``[num_blocks, block_size, num_kv_heads, v_head_dim]``, in the same way.
         key_scales: ``[num_blocks, num_kv_heads, block_size]`` float32 if the dtype is quantised,
             else None. A block's scales of one head lie together because a kernel reads them so.
         value_scales: As ``key_scales``.

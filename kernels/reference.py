@@ -1,8 +1,8 @@
 """Torch implementations of the ops: the specification of the GPU kernels, and the CPU path.
 
 Caches are ``[num_blocks, block_size, num_kv_heads, head_dim]``, one tensor per layer for K and one
-for V (a single stacked tensor makes compiled steps several times slower). Contexts are gathered
-first, but for prompts whose blocks follow one another (``context_reader``). Every request is one
+for V. Contexts are gathered first, but for prompts whose blocks follow one another
+(``context_reader``). Every request is one
 call of scaled_dot_product_attention over exactly its own context; only decode requests with short
 contexts are padded to one another, because there the calls would cost more than the padding.
 
@@ -24,6 +24,7 @@ from antiphon.kernels.reference_attend import (
 from antiphon.kernels.reference_layers import add_rms_norm, rms_norm, silu_and_mul
 from antiphon.kernels.reference_shared import shared_prefix_attention
 from antiphon.kernels.reference_wire import gather_kv, scatter_kv
+from antiphon.kernels.slot_rows import rows_of, slot_rows
 
 __all__ = [
     "add_rms_norm",
@@ -61,6 +62,9 @@ def write_kv(
     """
     if rotary is not None:
         query, key = _rotate(query, rotary), _rotate(key, rotary)
+    if bool((slot_mapping < 0).any()):
+        kept = slot_mapping >= 0
+        key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
     _write(key, kv.keys, kv.key_scales, slot_mapping)
     _write(value, kv.values, kv.value_scales, slot_mapping)
     return query
@@ -76,19 +80,16 @@ def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), -1)
 
 
-def _write(x: Tensor, cache: Tensor, scales: Tensor | None, slot_mapping: Tensor) -> None:
-    if bool((slot_mapping < 0).any()):
-        x, slot_mapping = x[slot_mapping >= 0], slot_mapping[slot_mapping >= 0]
-    if scales is not None:
-        x, new_scales = quantise(x, cache.dtype)
-        block_size = cache.shape[1]
-        scales[slot_mapping // block_size, :, slot_mapping % block_size] = new_scales
-        # index_copy_ knows no fp8; the bytes are the same
-        cache.view(torch.int8).view(-1, *cache.shape[2:]).index_copy_(
-            0, slot_mapping, x.view(torch.int8)
-        )
-    else:
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slot_mapping, x.to(cache.dtype))
+def _write(x: Tensor, cache: Tensor, scales: Tensor | None, slots: Tensor) -> None:
+    target, rows = slot_rows(cache), rows_of(slots, cache)
+    if scales is None:
+        target.index_copy_(0, rows, x.to(cache.dtype))
+        return
+    x, new_scales = quantise(x, cache.dtype)
+    block_size = cache.shape[1]
+    scales[slots // block_size, :, slots % block_size] = new_scales
+    # index_copy_ knows no fp8; the bytes are the same
+    target.view(torch.int8).index_copy_(0, rows, x.view(torch.int8))
 
 
 def decode_attention(
@@ -111,7 +112,7 @@ def decode_attention(
     num_requests, num_q_heads, head_dim = query.shape
     # The query heads of one KV head stand in as query rows: enable_gqa is several times slower.
     grouped = query.view(num_requests, 1, kv.num_kv_heads, -1, head_dim)
-    reader = ContextReader(kv, batch, query.dtype, in_place=False)
+    reader = ContextReader(kv, batch, query.dtype)
     out = query.new_empty(num_requests, num_q_heads, kv.values.shape[3])
     rows = out.view(num_requests, kv.num_kv_heads, -1, out.shape[2])
     grouped_requests: set[int] = set()
@@ -141,7 +142,7 @@ def _attend_sharing(
     if not batch.shared_prefixes or features.is_limited:
         return set()
     prefix_out, prefix_lse = shared_prefix_attention(query, kv, batch, features)
-    reader = ContextReader(kv, batch, torch.float32, in_place=False)
+    reader = ContextReader(kv, batch, torch.float32)
     grouped = query.view(query.shape[0], 1, kv.num_kv_heads, -1, query.shape[2]).float()
     members = [index for prefix in batch.shared_prefixes for index in prefix.members]
     own: list[Partial] = []
@@ -181,15 +182,12 @@ def prefill_attention(
     group_size = query.shape[1] // kv.num_kv_heads
     first = batch.num_decode_requests
     offset = batch.cu_seqlens_q[first]
-    reader = ContextReader(kv, batch, query.dtype, in_place=True)
+    reader = ContextReader(kv, batch, query.dtype)
     for index in range(first, len(batch.seq_lens)):
         rows = slice(batch.cu_seqlens_q[index] - offset, batch.cu_seqlens_q[index + 1] - offset)
         num_new, end = rows.stop - rows.start, batch.seq_lens[index]
         start = features.first_visible(end - num_new)
-        keys, values = reader.read(index, start, end)
-        if group_size > 1:
-            keys = keys.repeat_interleave(group_size, dim=1)
-            values = values.repeat_interleave(group_size, dim=1)
+        keys, values = reader.read(index, start, end, group_size)
         mask = _causal_mask(range(end - num_new, end), range(start, end), features, query.device)
         attended = attend(query[rows].transpose(0, 1)[None], keys, values, features, mask)
         out[rows] = attended[0].transpose(0, 1)

@@ -34,7 +34,7 @@ def shared_prefix_attention(
     shape = (num_requests, num_q_heads, kv.values.shape[3])
     out = torch.zeros(shape, dtype=torch.float32, device=query.device)
     lse = torch.full(shape[:2], float("-inf"), dtype=torch.float32, device=query.device)
-    reader = ContextReader(kv, batch, torch.float32, in_place=False)
+    reader = ContextReader(kv, batch, torch.float32)
     for prefix in batch.shared_prefixes:
         members = torch.tensor(prefix.members, device=query.device)
         keys, values = reader.read(prefix.members[0], 0, prefix.num_tokens)

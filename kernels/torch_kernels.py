@@ -11,22 +11,21 @@ from antiphon.kernels.attention_batch import (
     AttentionFeatures,
     make_attention_batch,
 )
-from antiphon.kernels.block_rows import SideRows, make_side_rows
 from antiphon.kernels.kernel_set import AttentionShape
-from antiphon.kernels.paged_kv import PagedKV, WireKV
+from antiphon.kernels.paged_kv import PagedKV
 
 
 class TorchKernels:
     """See ``KernelSet``; every op is the reference."""
 
     captures_graphs = False
+    keeps_blocks_together = True
     write_kv = staticmethod(reference.write_kv)
     rms_norm = staticmethod(reference.rms_norm)
     add_rms_norm = staticmethod(reference.add_rms_norm)
     silu_and_mul = staticmethod(reference.silu_and_mul)
-
-    def __init__(self) -> None:
-        self._rows: dict[int, tuple[SideRows, ...]] = {}
+    gather_kv = staticmethod(reference.gather_kv)
+    scatter_kv = staticmethod(reference.scatter_kv)
 
     def prepare(self, shape: AttentionShape) -> None:
         """Nothing is tuned here."""
@@ -54,20 +53,3 @@ class TorchKernels:
             return prefill
         decode = reference.decode_attention(query[:num_decode], kv, batch, features)
         return torch.cat([decode, prefill])
-
-    def gather_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
-        """Cache to wire."""
-        reference.gather_kv(layers, slots, wire, self._rows_of(layers))
-
-    def scatter_kv(self, layers: Sequence[PagedKV], slots: Tensor, wire: WireKV) -> None:
-        """Wire to cache."""
-        reference.scatter_kv(layers, slots, wire, self._rows_of(layers))
-
-    def _rows_of(self, layers: Sequence[PagedKV]) -> tuple[SideRows, ...] | None:
-        key = layers[0].keys.data_ptr()
-        if (rows := self._rows.get(key)) is not None:
-            return rows
-        if layers[0].keys.device.type != "cpu":
-            return None
-        self._rows = {key: make_side_rows(layers)}  # one cache for the life of a worker
-        return self._rows[key]

@@ -57,6 +57,7 @@ class TritonKernels:
     """
 
     captures_graphs = True
+    keeps_blocks_together = False
     write_kv = staticmethod(writing.write_kv)
     rms_norm = staticmethod(norms.rms_norm)
     add_rms_norm = staticmethod(norms.add_rms_norm)

@@ -8,13 +8,13 @@ and widths, and K may differ from V; then the same order holds with each layer's
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from antiphon.kernels.block_rows import BlockRows, Run, find_runs
 from antiphon.kernels.kernel_set import KernelSet
 from antiphon.kernels.paged_kv import QUANTISED_LIMITS, PagedKV, WireKV
 
@@ -94,10 +94,12 @@ class KVCache:
         self.device = device
         self.num_bytes_per_token = layout.num_wire_bytes_per_token
         self._kernels = kernels
-        self._places = np.arange(block_size)
-        self._is_on_cpu = device.type == "cpu"
         self._num_scale_bytes = layout.num_wire_scale_bytes  # per token
         self.layers = self._allocate()
+        is_bytes = device.type == "cpu" and layout.wire_dtype == layout.dtype
+        self._rows: BlockRows | None = None
+        if is_bytes and kernels.keeps_blocks_together:
+            self._rows = BlockRows(self.layers)
 
     def gather(self, block_table: Sequence[int], start: int, end: int, out: Tensor) -> None:
         """Copy KV of tokens ``[start, end)`` into wire order.
@@ -109,65 +111,76 @@ class KVCache:
             out: uint8 ``[num_bytes_per_token * (end - start)]``, contiguous, on ``device``. On a
                 GPU the copy is queued on the current stream.
         """
+        self._check(block_table, end)
+        if self._rows is not None:
+            self._rows.read(self._runs(block_table, start, end), end - start, out)
+            return
         slots = self._slots(block_table, start, end)
         self._kernels.gather_kv(self.layers, slots, self._wire(out, end - start))
 
     def scatter(self, block_table: Sequence[int], start: int, end: int, segment: Tensor) -> None:
         """Copy a segment in wire order to tokens ``[start, end)``; the inverse of ``gather``."""
+        self._check(block_table, end)
+        if self._rows is not None:
+            self._rows.write(self._runs(block_table, start, end), end - start, segment)
+            return
         slots = self._slots(block_table, start, end)
         self._kernels.scatter_kv(self.layers, slots, self._wire(segment, end - start))
 
     def _allocate(self) -> list[PagedKV]:
-        """One allocation for all K and V of a shape, one tensor in it for each.
-
-        A tensor for each, because one for all makes compiled steps several times slower; one
-        allocation, because then a segment moves in one call.
-        """
-        layout, block = self.layout, (self.num_blocks, self.block_size)
-        shapes = [
-            (layer.num_kv_heads, head_dim)
-            for layer in layout.layers
+        layers, dtype = self.layout.layers, self.layout.dtype
+        shapes: list[tuple[int, ...]] = [
+            (self.block_size, layer.num_kv_heads, head_dim)
+            for layer in layers
             for head_dim in (layer.k_head_dim, layer.v_head_dim)
         ]
-        stacks = {
-            shape: iter(self._stack(count, (*block, *shape)))
-            for shape, count in Counter(shapes).items()
-        }
-        sides = [next(stacks[shape]) for shape in shapes]
-        return [
-            PagedKV(keys, values, *self._scales(layer))
-            for layer, keys, values in zip(layout.layers, sides[::2], sides[1::2], strict=True)
-        ]
+        sides = self._tensors(shapes, dtype)
+        scales: Sequence[Tensor | None] = [None] * len(sides)
+        if dtype in QUANTISED_LIMITS:
+            shapes = [(layer.num_kv_heads, self.block_size) for layer in layers for _ in range(2)]
+            scales = self._tensors(shapes, _SCALE_DTYPE)
+        each = zip(sides[::2], sides[1::2], scales[::2], scales[1::2], strict=True)
+        return [PagedKV(*of_layer) for of_layer in each]
 
-    def _stack(self, count: int, shape: tuple[int, ...]) -> list[Tensor]:
-        """Tensors in one allocation, each where kernels want a tensor to begin."""
-        size = math.prod(shape)
-        padded = size + -size % (_ALIGNMENT // self.layout.dtype.itemsize)
-        rows = self._empty((count, padded), self.layout.dtype)
-        return [row[:size].view(shape) for row in rows]
+    def _tensors(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+        """``[num_blocks, *shape]`` for each shape; one allocation for all that have the same."""
+        together = self._kernels.keeps_blocks_together
+        stack = self._stack_in_blocks if together else self._stack
+        stacks = {shape: iter(stack(n, shape, dtype)) for shape, n in Counter(shapes).items()}
+        return [next(stacks[shape]) for shape in shapes]
 
-    def _scales(self, layer: LayerLayout) -> list[Tensor | None]:
-        if self.layout.dtype not in QUANTISED_LIMITS:
-            return [None, None]
-        shape = (self.num_blocks, layer.num_kv_heads, self.block_size)
-        return [self._empty(shape, _SCALE_DTYPE), self._empty(shape, _SCALE_DTYPE)]
+    def _stack_in_blocks(
+        self, count: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Sequence[Tensor]:
+        """Tensors that lie side by side in each block, since a hand-off moves whole blocks."""
+        return self._empty((self.num_blocks, count, *shape), dtype).unbind(1)
+
+    def _stack(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Sequence[Tensor]:
+        """Tensors one after the other, each where Triton kernels want a tensor to begin."""
+        size = self.num_blocks * math.prod(shape)
+        padded = size + -size % (_ALIGNMENT // dtype.itemsize)
+        rows = self._empty((count, padded), dtype)
+        return [row[:size].view(self.num_blocks, *shape) for row in rows]
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def _slots(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
-        # In numpy, and of the blocks concerned alone: a segment is sent in 300 us, and looking up
-        # its tokens in torch took 50.
-        size = self.block_size
-        if end > len(block_table) * size:
+    def _check(self, block_table: Sequence[int], end: int) -> None:
+        if end > len(block_table) * self.block_size:
             raise IndexError(
                 f"token {end - 1} is beyond the {len(block_table)} blocks of its table"
             )
+
+    def _runs(self, block_table: Sequence[int], start: int, end: int) -> Iterator[Run]:
+        return find_runs(block_table, self.block_size, start, end)
+
+    def _slots(self, block_table: Sequence[int], start: int, end: int) -> Tensor:
+        # Of the blocks concerned alone: a table may be much longer than a segment.
+        size = self.block_size
         first = start // size
-        blocks = np.array(block_table[first : -(-end // size)], dtype=np.int64)
-        slots = (blocks[:, None] * size + self._places).reshape(-1)[start - first * size :]
-        found = torch.from_numpy(slots[: end - start])
-        return found if self._is_on_cpu else found.to(self.device)
+        blocks = torch.tensor(block_table[first : -(-end // size)])
+        slots = (blocks[:, None] * size + torch.arange(size)).flatten()[start - first * size :]
+        return slots[: end - start].to(self.device)
 
     def _wire(self, segment: Tensor, num_tokens: int) -> WireKV:
         num_scale_bytes = self._num_scale_bytes * num_tokens

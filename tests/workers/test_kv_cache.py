@@ -70,6 +70,21 @@ def test_the_wire_is_layer_by_layer_keys_then_values() -> None:
     assert cache.num_bytes_per_token == 4 * (2 * 16 + 16 + 4 * 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+def test_a_block_is_kept_as_it_goes_over_the_wire(dtype: torch.dtype) -> None:
+    """What makes moving it one copy from end to end, or two where there are scales."""
+    layout = KVLayout((LayerLayout(2, 8, 8),) * 3, dtype, dtype)
+    cache = KVCache(layout, 5, 4, torch.device("cpu"), TorchKernels())
+    fill_with_garbage(cache)
+    for index, tensor in enumerate(cache_tensors(cache)):
+        tensor[3] = index
+    wire = segment(cache, 4)
+    cache.gather([3], 0, 4, wire)
+    size = 3 * 2 * 4 * 2 * 8 * dtype.itemsize
+    kept = torch.tensor([], dtype=dtype).set_(cache.layers[0].keys.untyped_storage())
+    assert torch.equal(wire[-size:], kept.view(torch.uint8)[3 * size : 4 * size])
+
+
 def test_tokens_beyond_the_block_table_are_refused() -> None:
     cache = cache_of(4, 2, torch.float32)
     with pytest.raises(IndexError, match="token 4 is beyond the 2 blocks"):
@@ -84,7 +99,7 @@ def test_a_scatter_writes_nothing_beside_its_tokens() -> None:
     wire.view(torch.float32).fill_(1.0)
     cache.scatter([1, 2], 3, 5, wire)
     for tensor in cache_tensors(cache):
-        slots = tensor.view(12, -1)
+        slots = tensor.reshape(12, -1)
         assert (slots[[7, 8]] == 1.0).all()
         assert (slots[[i for i in range(12) if i not in (7, 8)]] == 7.0).all()
 
@@ -129,7 +144,7 @@ def test_caches_of_different_dtypes_exchange_kv(
             (layer.keys, layer.key_scales),
             (layer.values, layer.value_scales),
         ):
-            elements = cache.float().view(-1, *cache.shape[2:])[rows]
+            elements = cache.float().flatten(0, 1)[rows]
             if scales is not None:
                 elements *= scales.transpose(1, 2).reshape(-1, cache.shape[2])[rows][..., None]
             arrived.append(elements)

@@ -18,6 +18,8 @@ from antiphon.workers.paged_model import PagedModel
 class NotingKernels(TorchKernels):
     """The torch ops; notes what a GPU would compile late."""
 
+    keeps_blocks_together = False  # where bytes move without an op
+
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[str] = []

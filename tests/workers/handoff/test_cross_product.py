@@ -82,7 +82,7 @@ class End:
         for layer in self.cache.layers:
             sides = ((layer.keys, layer.key_scales), (layer.values, layer.value_scales))
             for cache, scales in sides:
-                rows = cache.float().view(-1, *cache.shape[2:])[self.slots]
+                rows = cache.float().flatten(0, 1)[self.slots]
                 if scales is not None:
                     by_slot = scales.transpose(1, 2).reshape(-1, cache.shape[2])
                     rows = rows * by_slot[self.slots][..., None]
