@@ -7,8 +7,7 @@ end.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -19,15 +18,8 @@ from antiphon.kernels.paged_kv import PagedKV
 _Rows = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Tokens of a segment that lie side by side in one block.
-
-    Attributes:
-        block: Their block.
-        in_block: Their places in it.
-        in_segment: Their places in the segment.
-    """
+class Run(NamedTuple):
+    """Tokens of a segment that lie side by side in one block."""
 
     block: int
     in_block: slice

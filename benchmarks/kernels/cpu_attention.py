@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from machine import describe_machine
 
 from antiphon.kernels.attention_batch import AttentionFeatures
-from antiphon.kernels.paged_kv import PagedKV
 from antiphon.kernels.torch_kernels import TorchKernels
+from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
 
 BLOCK_SIZE, HEAD_DIM = 16, 64
 Q_HEADS, KV_HEADS = 9, 3  # SmolLM2-135M
@@ -87,8 +87,13 @@ def pair(case: Case) -> tuple[Callable[[], object], Callable[[], object]]:
     """Ours and the baseline on the same numbers, through all layers."""
     torch.manual_seed(0)
     batch, tokens, tables = case.batch, case.tokens, make_tables(case)
-    shape = (batch * tokens // BLOCK_SIZE, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    caches = [PagedKV(torch.randn(shape), torch.randn(shape)) for _ in range(case.num_layers)]
+    layout = KVLayout(
+        (LayerLayout(KV_HEADS, HEAD_DIM, HEAD_DIM),) * case.num_layers, torch.float32, torch.float32
+    )
+    caches = KVCache(layout, batch * tokens // BLOCK_SIZE, BLOCK_SIZE, CPU, KERNELS).layers
+    for kv in caches:
+        kv.keys.normal_()
+        kv.values.normal_()
     new = tokens if case.op == "prefill" else 1
     query = torch.randn(batch * new, Q_HEADS, HEAD_DIM)
     laid_out = KERNELS.make_batch(tables, [tokens - new] * batch, [new] * batch, BLOCK_SIZE, CPU)

@@ -23,7 +23,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,7 +109,7 @@ class Frame:
         self.capacity = num_bytes
         on_host = _MAX_TEXT_BYTES if beside is not None else num_bytes
         self.message = torch.empty(HEADER_BYTES + on_host, dtype=torch.uint8, pin_memory=is_pinned)
-        self._header = self.message[:HEADER_BYTES].numpy()
+        self._header = memoryview(self.message[:HEADER_BYTES].numpy())
         self._beside: Tensor | None = None
         if beside is not None:
             self._beside = torch.empty(num_bytes, dtype=torch.uint8, device=beside)
@@ -145,7 +144,7 @@ class Frame:
 
     def tensors(self, header: bytes, num_bytes: int) -> list[Tensor]:
         """What to send, with the header put before KV of so many bytes."""
-        self._header[:] = np.frombuffer(header, dtype=np.uint8)
+        self._header[:] = header
         if self._beside is None:
             return [self.message[: HEADER_BYTES + num_bytes]]
         return [self.message[:HEADER_BYTES], self._beside[:num_bytes]]
