@@ -84,7 +84,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--pairs", type=int, default=9, help="hand-offs and bare runs per size")
+    parser.add_argument("--pairs", type=int, default=31, help="hand-offs and bare runs per size")
     parser.add_argument("--without-model", action="store_true", help="leave out exposed_ratio_*")
     options = parser.parse_args()
     machine = describe_machine()

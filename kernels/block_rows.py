@@ -6,7 +6,7 @@ Where a block keeps K and V of all layers side by side, a segment of one block i
 end.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -19,7 +19,7 @@ _Rows = npt.NDArray[Any]
 
 
 class Run(NamedTuple):
-    """Tokens of a segment that lie side by side in one block."""
+    """Tokens of a segment that lie side by side in one block: which, and their places in both."""
 
     block: int
     in_block: slice
@@ -59,14 +59,14 @@ class BlockRows:
         # Of each ``[num_blocks, num_sides, block_size, width]``.
         self._parts = [part.numpy() for part in (*_stacked(scales), *_stacked(elements))]
 
-    def read(self, runs: Iterator[Run], num_tokens: int, wire: Tensor) -> None:
+    def read(self, runs: Iterable[Run], num_tokens: int, wire: Tensor) -> None:
         """Copy tokens to ``wire``, uint8 ``[num_tokens * bytes per token]``."""
         parts = list(zip(self._parts, self._on_wire(wire, num_tokens), strict=True))
         for run in runs:
             for cache, segment in parts:
                 segment[:, run.in_segment] = cache[run.block, :, run.in_block]
 
-    def write(self, runs: Iterator[Run], num_tokens: int, wire: Tensor) -> None:
+    def write(self, runs: Iterable[Run], num_tokens: int, wire: Tensor) -> None:
         """Copy ``wire`` to tokens; the inverse of ``read``."""
         parts = list(zip(self._parts, self._on_wire(wire, num_tokens), strict=True))
         for run in runs:

@@ -2,9 +2,9 @@
 
 A decode step meets KV that is in no processor cache, since every other layer's weights and KV came
 in between. There a copy whole block by whole block, which reads memory in order, into scratch that
-stays in cache is faster than reading heads in place, a row in every ``num_kv_heads`` at a time: 1.3
-to 1.8 times SDPA on contiguous KV instead of 1.8 to 2.4. The scratch is the batch's, so all layers
-of a step use the same: fresh memory for each is what the page faults of 3 MB cost.
+stays in cache is faster than reading heads in place, a row in every ``num_kv_heads`` at a time. The
+scratch is the batch's, so all layers of a step use the same: fresh memory for each is what the page
+faults of 3 MB cost.
 """
 
 import torch
