@@ -82,7 +82,8 @@ class Cut:
     Attributes:
         max_tokens: In one segment.
         min_tokens: See ``Outgoing.has_work``.
-        block_size: A segment that is cut off ends with a block, since whole blocks move faster.
+        block_size: A segment that is cut off ends with a block, since whole blocks move faster; but
+            not where no block fits, or each block would end in a small segment of its own.
     """
 
     max_tokens: int
@@ -94,8 +95,9 @@ class Cut:
         end = start + self.max_tokens
         if end >= num_pushed:
             return num_pushed
-        whole = end - end % self.block_size
-        return whole if whole > start else end
+        if self.max_tokens < self.block_size:
+            return end
+        return end - end % self.block_size
 
 
 def account(transfer: Outgoing, now: float) -> SenderAccount:

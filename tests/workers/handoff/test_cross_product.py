@@ -19,11 +19,14 @@ from antiphon.kernels.kernel_set import KernelSet
 from antiphon.kernels.paged_kv import QUANTISED_LIMITS, dequantise, quantise
 from antiphon.kernels.torch_kernels import TorchKernels
 from antiphon.workers.handoff.endpoint import Endpoint
+from antiphon.workers.handoff.nccl import NcclParts, NcclTransport
 from antiphon.workers.handoff.receiver import HandoffReceiver, ReceiverLimits
 from antiphon.workers.handoff.sender import HandoffSender, SenderLimits
+from antiphon.workers.handoff.transport import Transport
 from antiphon.workers.handoff.wire import WireFormat
 from antiphon.workers.kv_cache import KVCache, KVLayout, LayerLayout
 
+CPU = torch.device("cpu")
 LAYERS = (LayerLayout(2, 16, 16), LayerLayout(1, 16, 16), LayerLayout(2, 16, 32))
 BLOCK_SIZES = (8, 16, 32)
 CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
@@ -55,17 +58,21 @@ class End:
     """A cache with a table of scattered blocks."""
 
     def __init__(
-        self, dtypes: tuple[torch.dtype, torch.dtype], block_size: int, kernels: KernelSet, end: int
+        self,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        block_size: int,
+        kernels: KernelSet,
+        end: int,
+        device: torch.device = CPU,
     ) -> None:
         self.end = end
         num_blocks = -(-end // block_size)
-        self.cache = KVCache(
-            KVLayout(LAYERS, *dtypes), num_blocks + 3, block_size, torch.device("cpu"), kernels
-        )
+        layout = KVLayout(LAYERS, *dtypes)
+        self.cache = KVCache(layout, num_blocks + 3, block_size, device, kernels)
         self.table = random.Random(block_size).sample(range(num_blocks + 3), num_blocks)
         positions = torch.arange(end)
         blocks = torch.tensor(self.table)[positions // block_size]
-        self.slots = blocks * block_size + positions % block_size
+        self.slots = (blocks * block_size + positions % block_size).to(device)
 
     def write(self) -> list[Tensor]:
         """Fill with random KV; returns it in float32, K and V of each layer in turn."""
@@ -74,7 +81,8 @@ class End:
             key, value = (
                 torch.randn(self.end, *cache.shape[2:]) for cache in (layer.keys, layer.values)
             )
-            TorchKernels().write_kv(key, key, value, layer, self.slots)
+            on_device = [side.to(self.slots.device) for side in (key, key, value)]
+            TorchKernels().write_kv(*on_device, layer, self.slots)
             written += [key, value]
         return written
 
@@ -86,19 +94,25 @@ class End:
                 if scales is not None:
                     by_slot = scales.transpose(1, 2).reshape(-1, cache.shape[2])
                     rows = rows * by_slot[self.slots][..., None]
-                yield rows
+                yield rows.cpu()
 
 
-def hand_off(source: End, target: End) -> None:
+def in_memory() -> tuple[Transport, Transport]:
+    """Of the sender and of the receiver."""
+    network = MemoryNetwork()
+    return MemoryTransport(network, "p"), MemoryTransport(network, "d")
+
+
+def hand_off(source: End, target: End, transports: tuple[Transport, Transport]) -> None:
     """Move tokens from START on through a sender, a link and a receiver."""
-    network, completed = MemoryNetwork(), queue.Queue()
+    completed = queue.Queue()
     wire = WireFormat("model", (), str(source.cache.layout.wire_dtype))
     limits = SenderLimits(segment_bytes=SEGMENT_TOKENS * source.cache.num_bytes_per_token)
     sender = HandoffSender(
-        Endpoint(MemoryTransport(network, "p"), source.cache, "p", wire), limits, lambda *_: None
+        Endpoint(transports[0], source.cache, "p", wire), limits, lambda *_: None
     )
     receiver = HandoffReceiver(
-        Endpoint(MemoryTransport(network, "d"), target.cache, "d", wire),
+        Endpoint(transports[1], target.cache, "d", wire),
         ReceiverLimits(timeout_seconds=30),
         lambda *report: completed.put(report),
     )
@@ -113,11 +127,11 @@ def hand_off(source: End, target: End) -> None:
     receiver.close()
 
 
-def check(source: End, target: End) -> None:
+def check(source: End, target: End, transports: tuple[Transport, Transport] | None = None) -> None:
     """Hand off, and compare with what converting directly gives."""
     wire = source.cache.layout.wire_dtype
     written = source.write()
-    hand_off(source, target)
+    hand_off(source, target, transports or in_memory())
     # A conversion that meets a tie may fall on either side of it; the bound is one step of each
     # dtype that rounds after the first, and nothing if none of them does.
     dtypes = (source.cache.layout.dtype, wire, target.cache.layout.dtype)
@@ -162,3 +176,28 @@ def test_kernel_sets_may_differ(dtypes: tuple[torch.dtype, torch.dtype], wire: s
         End((dtypes[0], WIRE_DTYPES[wire]), 8, source, FEW),
         End((dtypes[1], WIRE_DTYPES[wire]), 32, target, FEW),
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="NCCL joins two GPUs, and this machine has fewer"
+)
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+@pytest.mark.parametrize("dtypes", list(itertools.product(CACHE_DTYPES, CACHE_DTYPES)), ids=str)
+def test_the_caches_of_two_gpus_over_nccl(
+    dtypes: tuple[torch.dtype, torch.dtype], wire: str
+) -> None:
+    from antiphon.kernels.triton_kernels import make_triton_kernels
+
+    torch.manual_seed(2)
+    prefill, decode = (torch.device("cuda", index) for index in range(2))
+    host = "127.0.0.1"
+    # Each end of a worker's is on the one GPU that its process sees; here one process sees both.
+    transports = NcclTransport(host), NcclTransport(host, NcclParts(current_device=lambda: 1))
+    source, target = (
+        End((dtype, WIRE_DTYPES[wire]), size, make_triton_kernels(device, role), MANY, device)
+        for dtype, size, device, role in zip(
+            dtypes, (8, 32), (prefill, decode), ("prefill", "decode"), strict=True
+        )
+    )
+    check(source, target, transports)

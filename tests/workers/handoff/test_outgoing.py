@@ -6,9 +6,9 @@ from antiphon.workers.handoff.segment import Kind
 CUT = Cut(max_tokens=6, min_tokens=10, block_size=4)
 
 
-def _spans(transfer: Outgoing) -> list[tuple[int, int]]:
+def _spans(transfer: Outgoing, cut: Cut = CUT) -> list[tuple[int, int]]:
     spans = []
-    while (message := next_message([transfer], CUT)) is not None and message.kind is Kind.DATA:
+    while (message := next_message([transfer], cut)) is not None and message.kind is Kind.DATA:
         spans.append(message.span)
     return spans
 
@@ -19,6 +19,11 @@ def test_what_has_come_together_goes_whole_in_segments_that_end_with_blocks():
     assert _spans(transfer) == []
     transfer.num_pushed = 15
     assert _spans(transfer) == [(1, 4), (4, 8), (8, 12), (12, 15)]
+
+
+def test_blocks_that_fit_into_no_segment_are_cut_anywhere_rather_than_into_many():
+    transfer = Outgoing("t", 0, 40, finished_at=1.0)
+    assert _spans(transfer, Cut(15, 1, 16)) == [(0, 15), (15, 30), (30, 40)]
 
 
 def test_the_next_tokens_wait_until_enough_have_come_together_again():
