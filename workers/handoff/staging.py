@@ -109,7 +109,7 @@ class Frame:
         self.capacity = num_bytes
         on_host = _MAX_TEXT_BYTES if beside is not None else num_bytes
         self.message = torch.empty(HEADER_BYTES + on_host, dtype=torch.uint8, pin_memory=is_pinned)
-        self._header = memoryview(self.message[:HEADER_BYTES].numpy())
+        self._header = self.message[:HEADER_BYTES].numpy().data
         self._beside: Tensor | None = None
         if beside is not None:
             self._beside = torch.empty(num_bytes, dtype=torch.uint8, device=beside)

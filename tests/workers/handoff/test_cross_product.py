@@ -182,22 +182,22 @@ def test_kernel_sets_may_differ(dtypes: tuple[torch.dtype, torch.dtype], wire: s
 @pytest.mark.skipif(
     torch.cuda.device_count() < 2, reason="NCCL joins two GPUs, and this machine has fewer"
 )
-@pytest.mark.parametrize("wire", WIRE_DTYPES)
-@pytest.mark.parametrize("dtypes", list(itertools.product(CACHE_DTYPES, CACHE_DTYPES)), ids=str)
-def test_the_caches_of_two_gpus_over_nccl(
-    dtypes: tuple[torch.dtype, torch.dtype], wire: str
-) -> None:
+def test_the_caches_of_two_gpus_over_nccl() -> None:
     from antiphon.kernels.triton_kernels import make_triton_kernels
 
     torch.manual_seed(2)
-    prefill, decode = (torch.device("cuda", index) for index in range(2))
+    devices = [torch.device("cuda", index) for index in range(2)]
+    kernels = [
+        make_triton_kernels(devices[0], "prefill"),
+        make_triton_kernels(devices[1], "decode"),
+    ]
     host = "127.0.0.1"
-    # Each end of a worker's is on the one GPU that its process sees; here one process sees both.
-    transports = NcclTransport(host), NcclTransport(host, NcclParts(current_device=lambda: 1))
-    source, target = (
-        End((dtype, WIRE_DTYPES[wire]), size, make_triton_kernels(device, role), MANY, device)
-        for dtype, size, device, role in zip(
-            dtypes, (8, 32), (prefill, decode), ("prefill", "decode"), strict=True
-        )
-    )
-    check(source, target, transports)
+    # The process of a worker sees one GPU; this one sees both.
+    second = NcclParts(current_device=lambda: 1)
+    for dtypes in itertools.product(CACHE_DTYPES, CACHE_DTYPES):
+        for wire in WIRE_DTYPES.values():
+            source, target = (
+                End((dtype, wire), size, ops, MANY, device)
+                for dtype, size, ops, device in zip(dtypes, (8, 32), kernels, devices, strict=True)
+            )
+            check(source, target, (NcclTransport(host), NcclTransport(host, second)))
