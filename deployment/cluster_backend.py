@@ -23,6 +23,7 @@ from antiphon.deployment.worker_sessions import ARRIVAL_SECONDS, WorkerSessions
 from antiphon.errors import (
     AntiphonError,
     CapacityError,
+    NoWorkerError,
     RequestError,
     ServiceStoppingError,
     WorkerLostError,
@@ -79,7 +80,7 @@ class ClusterBackend:
         usable = [v.card for v in views if self.sessions.is_listed(v.card.incarnation)]
         missing = sorted(role.value for role in self._needed_roles - {c.role for c in usable})
         if missing:
-            return False, f"no {' or '.join(missing)} worker is connected"
+            return False, self._with_others(f"no {' or '.join(missing)} worker is connected")
         return True, f"{len(usable)} workers are connected"
 
     @property
@@ -175,14 +176,19 @@ class ClusterBackend:
             exclude = frozenset(replay.excluded(now) | self.sessions.leaving)
             try:
                 decision = self._policy.choose(self._view, prompt, now, exclude)
-            except CapacityError as error:
+            except NoWorkerError as error:
                 if not self._may_get_successor(replay, asked_at, now):
-                    replay.wait_or_raise(error, now)
+                    replay.wait_or_raise(NoWorkerError(self._with_others(str(error))), now)
             else:
                 self._metrics.decision_took(time.monotonic() - began_at)
                 return decision
             await asyncio.sleep(_POLL_SECONDS)
             began_at = time.monotonic()
+
+    def _with_others(self, problem: str) -> str:
+        """Say of workers that run but are of no use here, as in an update of the model."""
+        num_others = len(self.sessions.others)
+        return f"{problem}; workers of another model run: {num_others}" if num_others else problem
 
     def _may_get_successor(self, replay: Replay, asked_at: float, now: float) -> bool:
         """Whether a session that is being opened, or Serve's next list, may bring a worker."""

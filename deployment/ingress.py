@@ -34,10 +34,12 @@ from antiphon.router.serve_discovery import WorkerWatch
 from antiphon.tracing import effective, start_tracing
 from antiphon.vllm_names import VllmCollector
 from antiphon.workers.metrics_server import MetricsServer
+from antiphon.workers.model_files import fingerprint
 from antiphon.workers.model_source import resolve_model
 from antiphon.workers.tokenizer import Tokenizer
 
 _MEET_SECONDS = 3.0
+_OTHER_MODEL_SECONDS = 600.0  # a large model loads for minutes
 _MEET_POLL_SECONDS = 0.05
 
 
@@ -85,6 +87,7 @@ class IngressProcess:
         self._journal = Journal(self._tracing, replica_id, tracing.kept_timelines)
         self._server = MetricsServer(metrics.render)
         self._ports = config.metrics.ports
+        self._model_folder = resolve_model(config.model.source)
         self.app = self._make_app(config)
 
     def describe(self) -> dict[str, Any]:
@@ -106,7 +109,7 @@ class IngressProcess:
     def _make_app(self, config: AntiphonConfig) -> FastAPI:
         app = create_app(
             self.backend,
-            Tokenizer(resolve_model(config.model.source)),
+            Tokenizer(self._model_folder),
             max_concurrent_requests=config.http.max_concurrent_requests,
             metrics=self._metrics,
             journal=self._journal,
@@ -136,6 +139,9 @@ class IngressProcess:
         port = await self._server.listen(host, self._ports)
         self._address = IngressAddress(replica_id, host, f"{host}:{port}")
         self._siblings = Siblings(self._address, self._placement.ask_ingresses)
+        # Some 64 pieces of each weights file, which may lie on a volume far away.
+        model_fingerprint = await asyncio.to_thread(fingerprint, self._model_folder)
+        self.backend.sessions.model_fingerprint = model_fingerprint
         watches = {Role(r): _watch(self.backend, Role(r), pool) for r, pool in self._pools.items()}
         self.backend.count_wanted(
             lambda: {role: n for role, w in watches.items() if (n := w.num_wanted) is not None}
@@ -154,10 +160,15 @@ async def _meet_workers(backend: ClusterBackend) -> None:
     """Give sessions a moment: once this replica has started, Serve sends it requests.
 
     Where the workers run, as in an update, that takes less than a second. Where everything starts,
-    the ingress is there first, and ``/ready`` says so.
+    the ingress is there first, and ``/ready`` says so. In an update of the model the ingresses of
+    before go on with the workers of before until this one has started: so that waits for its own.
     """
-    deadline = time.monotonic() + _MEET_SECONDS
-    while not backend.is_ready()[0] and time.monotonic() < deadline:
+    began_at = time.monotonic()
+    while not backend.is_ready()[0]:
+        others_serve = any(card.role is not Role.PREFILL for card in backend.sessions.others)
+        limit = _OTHER_MODEL_SECONDS if others_serve else _MEET_SECONDS
+        if time.monotonic() - began_at >= limit:
+            break
         await asyncio.sleep(_MEET_POLL_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""An ingress's sessions: one with each worker that Serve lists.
+"""An ingress's sessions: one with each worker of its model that Serve lists.
 
     connecting --> connected --lost--> pause --> connecting    while Serve lists the worker
                                          +-----> gone          once it does not
@@ -36,6 +36,10 @@ class WorkerSessions:
         view: That workers join and leave, and whose telemetry it takes in.
         metrics: Of this ingress.
         silence_seconds: After which a worker that answers no ping is gone.
+
+    Attributes:
+        model_fingerprint: Of the model that this ingress tokenises for, to be set before workers
+            are; None, as where no ingress is around this: workers of any model are used.
     """
 
     def __init__(
@@ -47,18 +51,25 @@ class WorkerSessions:
         self._view = view
         self._metrics = metrics
         self._silence_seconds = silence_seconds
+        self.model_fingerprint: str | None = None
         self.retry_after = RetryAfter(time.monotonic())
         self._client_id = f"ingress-{uuid.uuid4().hex[:12]}"
         self._connections: dict[str, WorkerConnection] = {}
         self._listed: dict[str, WorkerCard] = {}  # by incarnation; what Serve says runs now
+        self._others: dict[str, WorkerCard] = {}  # the same, but of another model
         self._expected_until: dict[str, float] = {}  # of those that generate
         self._kept: set[str] = set()  # incarnations that a task holds a session with
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def listed(self) -> list[WorkerCard]:
-        """The workers that Serve runs, connected or not."""
+        """The workers of this model that Serve runs, connected or not."""
         return list(self._listed.values())
+
+    @property
+    def others(self) -> list[WorkerCard]:
+        """The workers of another model that Serve runs; none is connected."""
+        return list(self._others.values())
 
     @property
     def connected(self) -> list[WorkerCard]:
@@ -69,7 +80,8 @@ class WorkerSessions:
     def known(self) -> list[WorkerCard]:
         """The workers that Serve runs, and those that it stops, until their sessions end."""
         leaving = self.leaving
-        return [*self.listed, *(card for card in self.connected if card.incarnation in leaving)]
+        stopping = (card for card in self.connected if card.incarnation in leaving)
+        return [*self.listed, *self.others, *stopping]
 
     @property
     def leaving(self) -> set[str]:
@@ -100,7 +112,7 @@ class WorkerSessions:
 
     def set_workers(self, role: Role, cards: Mapping[str, WorkerCard]) -> None:
         """Take in the running workers of one pool."""
-        wanted = {card.incarnation: card for card in cards.values()}
+        wanted = {card.incarnation: card for card in self._of_this_model(role, cards)}
         for incarnation, card in tuple(self._listed.items()):
             if card.role is role and incarnation not in wanted:
                 # Route nothing more to it; requests that it still has may finish.
@@ -138,6 +150,23 @@ class WorkerSessions:
         closing = [asyncio.create_task(connection.close()) for connection in connections]
         if closing or tasks:
             await asyncio.wait([*closing, *tasks], timeout=_CLOSE_SECONDS)
+
+    def _of_this_model(self, role: Role, cards: Mapping[str, WorkerCard]) -> list[WorkerCard]:
+        """Set the others of a pool aside, and log each of them once."""
+        own, others = [], {}
+        for card in cards.values():
+            if self.model_fingerprint in (None, card.model_fingerprint):
+                own.append(card)
+                continue
+            others[card.incarnation] = card
+            if card.incarnation not in self._others:
+                logger.warning(
+                    "%s worker %s gets nothing from here: its model fingerprint is %s, not %s",
+                    role, card.replica_id, card.model_fingerprint, self.model_fingerprint,
+                )  # fmt: skip
+        kept = {known: card for known, card in self._others.items() if card.role is not role}
+        self._others = kept | others
+        return own
 
     async def _keep(self, card: WorkerCard) -> None:
         """Hold a session with one incarnation for as long as Serve lists it."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from crew import total
+from msgspec import structs
 from pools import assert_idle, start, until
 from tiny_models import oracle, tiny_model
 
@@ -242,6 +243,33 @@ def test_the_wait_for_another_worker_is_bounded(caplog: pytest.LogCaptureFixture
             assert "lost at" in lines[0]
             assert lines[1].startswith("request r: failed after its worker was lost")
             assert not any(str(PROMPT[:3])[1:-1] in line for line in caplog.messages)
+
+    run(scenario())
+
+
+def test_an_answer_ends_with_an_error_rather_than_go_on_with_another_model() -> None:
+    model = tiny_model("llama")
+    expected = oracle(model, PROMPT, MAX_TOKENS)
+
+    async def scenario() -> None:
+        async with Cluster(model, 1, replay_wait_seconds=0.2) as cluster:
+            (first,), backend = cluster.workers, cluster.backend
+            backend.sessions.model_fingerprint = first.card.model_fingerprint
+            stream = Stream(backend)
+            await until(lambda: len(stream.tokens) >= 3)
+            await cluster.kill(first)
+            heir = await start(Role.COLOCATED, tiny_model("llama", seed=1))
+            card = structs.replace(heir.card, model_fingerprint="another")
+            backend.set_workers(Role.COLOCATED, {"heir": card})
+            with pytest.raises(NoWorkerError, match="workers of another model run: 1"):
+                await stream.task
+            assert stream.tokens == expected[: len(stream.tokens)]
+            with pytest.raises(NoWorkerError, match="workers of another model run: 1"):
+                await Stream(backend).task
+            assert backend.is_ready() == (
+                False, "no colocated worker is connected; workers of another model run: 1",
+            )  # fmt: skip
+            await heir.close()
 
     run(scenario())
 

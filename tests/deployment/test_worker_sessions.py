@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 from pools import start, until
 from tiny_models import tiny_model
@@ -41,6 +42,33 @@ class Rig:
             await closing.close()
         assert not self.sessions.listed
         assert not self.sessions._tasks
+
+
+def test_a_worker_of_another_model_is_told_of_once_scraped_and_not_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        worker, rig = await start(Role.COLOCATED, tiny_model("llama")), Rig()
+        rig.sessions.model_fingerprint = worker.card.model_fingerprint
+        other = msgspec.structs.replace(
+            worker.card, replica_id="other", incarnation="x", model_fingerprint="another"
+        )
+        prefill = msgspec.structs.replace(other, role=Role.PREFILL, incarnation="y")
+        for _ in range(2):  # Serve repeats itself
+            rig.sessions.set_workers(Role.COLOCATED, {"own": worker.card, "other": other})
+            rig.sessions.set_workers(Role.PREFILL, {"prefill": prefill})
+        await rig.connected(worker)
+        assert rig.view.cards.keys() == {worker.card.incarnation}
+        assert rig.sessions.listed == [worker.card]
+        assert rig.sessions.others == [other, prefill]
+        assert rig.sessions.known == [worker.card, other, prefill]
+        lines = [line for line in caplog.messages if "another, not tiny" in line]
+        assert len(lines) == 2, lines
+        rig.show(Role.COLOCATED, worker)
+        assert rig.sessions.others == [prefill]
+        await rig.close(worker)
+
+    run(scenario())
 
 
 def test_a_lost_session_is_counted_and_opened_again() -> None:
