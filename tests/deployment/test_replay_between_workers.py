@@ -255,11 +255,12 @@ def test_an_answer_ends_with_an_error_rather_than_go_on_with_another_model() -> 
         async with Cluster(model, 1, replay_wait_seconds=0.2) as cluster:
             (first,), backend = cluster.workers, cluster.backend
             backend.sessions.model_fingerprint = first.card.model_fingerprint
-            stream = Stream(backend)
-            await until(lambda: len(stream.tokens) >= 3)
-            await cluster.kill(first)
             heir = await start(Role.COLOCATED, tiny_model("llama", seed=1))
             card = structs.replace(heir.card, model_fingerprint="another")
+            stream = Stream(backend)
+            await until(lambda: len(stream.tokens) >= 3)
+            (session,) = first._server.sessions
+            session.cut()
             backend.set_workers(Role.COLOCATED, {"heir": card})
             with pytest.raises(NoWorkerError, match="workers of another model run: 1"):
                 await stream.task
