@@ -139,7 +139,7 @@ class IngressProcess:
         port = await self._server.listen(host, self._ports)
         self._address = IngressAddress(replica_id, host, f"{host}:{port}")
         self._siblings = Siblings(self._address, self._placement.ask_ingresses)
-        # Some 64 pieces of each weights file, which may lie on a volume far away.
+        # Reads 64 pieces of each weights file, which may lie on a volume far away.
         model_fingerprint = await asyncio.to_thread(fingerprint, self._model_folder)
         self.backend.sessions.model_fingerprint = model_fingerprint
         watches = {Role(r): _watch(self.backend, Role(r), pool) for r, pool in self._pools.items()}
