@@ -78,6 +78,14 @@ class Tries:
                 return peer
         return None
 
+    def why_nobody(self) -> PrefillFailedError:
+        """Say why those who are left are shunned: as failed only if all of them are."""
+        reasons = {self._shunned.why(peer.incarnation) for peer in self._left}
+        for why in (Outcome.BUSY, Outcome.DRAINING):
+            if why in reasons:
+                return PrefillFailedError(why, f"no prefill worker was asked: {why} lately")
+        return PrefillFailedError("shunned", "all prefill workers failed lately")
+
 
 class Climber(Protocol):
     """Whoever owns the requests. Called on the event loop."""
@@ -143,7 +151,8 @@ class PrefillLadder:
         self, wanted: Wanted, tries: Tries, before: PrefillFailedError | None = None
     ) -> PrefillFailedError | None:
         """Ask candidates until one delivers; with an error ``before``, the shunned ones, too."""
-        error = before or PrefillFailedError("shunned", "all prefill workers failed lately")
+        # Before ``next`` looks, since a penalty may end any moment; stands if it returns nobody.
+        error = before or tries.why_nobody()
         even_shunned = before is not None
         # A transfer may fail at its very end, when nothing is missing any more.
         while wanted.num_missing:

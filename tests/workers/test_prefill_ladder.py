@@ -3,11 +3,18 @@
 What the rungs do between real workers is in ``test_ladder_between_workers.py``.
 """
 
+import asyncio
 import random
+from typing import Any
 
+import pytest
+
+from antiphon.errors import PrefillFailedError
 from antiphon.messages import PrefillPeer
-from antiphon.workers.prefill_ladder import Tries
+from antiphon.workers.prefill_client import Wanted
+from antiphon.workers.prefill_ladder import LadderLimits, PrefillLadder, Tries
 from antiphon.workers.shunned_peers import ShunnedPeers
+from antiphon.workers.worker_metrics import WorkerMetrics
 
 A, B, C = (PrefillPeer(f"ws://{name}", name) for name in "abc")
 
@@ -71,3 +78,46 @@ def test_no_order_of_events_asks_anyone_twice_or_too_many() -> None:
             if found is not None:
                 asked.append(found)
         assert len(asked) == len(set(asked)) <= limit
+
+
+class ComputesHere:
+    """Owns requests, and has room to compute every prompt."""
+
+    async def compute_here(self, wanted: Wanted) -> bool:
+        return True
+
+    def kv_arrived(self, wanted: Wanted) -> None:
+        raise AssertionError("nobody was to be asked")
+
+    def kv_unavailable(self, request_id: str, error: PrefillFailedError) -> None:
+        raise AssertionError("there is room here")
+
+
+@pytest.mark.parametrize(
+    ("events", "reason"),
+    [
+        (["busy"], "busy"),
+        (["leaving"], "draining"),
+        (["failed", "failed"], "shunned"),
+        (["failed", "busy"], "busy"),
+        (["leaving", "busy"], "busy"),
+        (["failed", "leaving"], "draining"),
+    ],
+)
+def test_a_prompt_that_nobody_is_asked_for_is_counted_as_failed_only_if_all_did(
+    events: list[str], reason: str
+) -> None:
+    shunned, metrics = never_shunned(), WorkerMetrics("decode")
+    candidates = (A, B)[: len(events)]
+    for peer, event in zip(candidates, events, strict=True):
+        getattr(shunned, event)(peer.incarnation)
+    nobody: Any = None
+
+    async def scenario() -> None:
+        ladder = PrefillLadder(nobody, shunned, LadderLimits(), metrics, ComputesHere())
+        ladder.start(Wanted("request", [1, 2], [0], 0), candidates)
+        _, climb = ladder._climbs["request"]
+        await asyncio.wait_for(climb, 5)
+
+    asyncio.run(scenario())
+    assert metrics.count("antiphon_prefill_fallbacks_total", reason=reason) == 1

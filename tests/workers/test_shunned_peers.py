@@ -1,5 +1,6 @@
 """Who failed lately is passed over for a while, with a clock that the test moves."""
 
+from antiphon.workers.prefill_outcome import Outcome
 from antiphon.workers.shunned_peers import ShunnedPeers
 
 
@@ -69,6 +70,37 @@ def test_busy_shortens_no_penalty_and_a_leaving_peer_gets_the_longest() -> None:
         assert shunned_for(peers, clock, "p") == penalty
     peers.leaving("p")
     assert shunned_for(peers, clock, "p") == 30
+
+
+def test_why_a_peer_is_shunned_is_known_and_a_failure_is_not_taken_for_being_busy() -> None:
+    peers = ShunnedPeers(clock := Clock())
+    peers.busy("p")
+    assert peers.why("p") is Outcome.BUSY
+    for _ in range(32):
+        peers.failed("p")
+    peers.busy("p")
+    assert peers.why("p") is Outcome.FAILED
+    assert shunned_for(peers, clock, "p") == 1, "all that failed together is one failure"
+    assert peers.why("p") is None
+    peers.leaving("p")
+    peers.failed("p")
+    assert peers.why("p") is Outcome.DRAINING
+
+
+def test_a_penalty_is_forgotten_also_if_nobody_else_fails_meanwhile() -> None:
+    for seconds, penalty in ((29.0, 30), (31.0, 1), (3600.0, 1)):
+        peers = ShunnedPeers(clock := Clock())
+        for _ in range(5):
+            peers.failed("p")
+            shunned_for(peers, clock, "p")
+        clock.now += seconds
+        peers.failed("p")
+        assert shunned_for(peers, clock, "p") == penalty
+        clock.now += 3600
+        peers.busy("p")
+        shunned_for(peers, clock, "p")
+        peers.failed("p")
+        assert shunned_for(peers, clock, "p") == 1, "being busy hands on no old penalty"
 
 
 def test_what_failed_long_ago_is_forgotten() -> None:
