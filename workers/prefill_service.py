@@ -24,6 +24,7 @@ from antiphon.workers.request import Request, RequestStatus
 from antiphon.workers.request_limits import RequestLimits
 from antiphon.workers.request_trace import PrefillTrace, WorkerTracing
 from antiphon.workers.session import Session
+from antiphon.workers.worker_metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,16 @@ class PrefillService:
     """Answers ``Prefill`` messages."""
 
     def __init__(
-        self, engine: Engine, sender: HandoffSender, limits: RequestLimits, tracing: WorkerTracing
+        self,
+        engine: Engine,
+        sender: HandoffSender,
+        metrics: WorkerMetrics,
+        limits: RequestLimits,
+        tracing: WorkerTracing,
     ) -> None:
         self._engine = engine
         self._sender = sender
+        self._metrics = metrics
         self._limits = limits
         self._tracing = tracing
         self._loop = asyncio.get_running_loop()
@@ -68,11 +75,14 @@ class PrefillService:
             session.send(Refused(message.request_id, RefusalKind.INVALID, problem))
             logger.warning("%s refused: %s", _named(message), problem)
             return
+        reason = "queue_full"
         try:
             # First, because the end of an opened transfer might overtake the refusal.
             self._engine.check_room()
+            reason = "no_link"
             self._sender.open(message.request_id, message.link, message.first_token)
         except AntiphonError as error:
+            self._metrics.refused(reason)
             session.send(Refused(message.request_id, RefusalKind.BUSY, str(error)))
             logger.info("%s refused: %s", _named(message), error)
             return
@@ -143,6 +153,8 @@ class PrefillService:
         job = self._jobs.get(transfer_id)
         if job is not None:
             is_busy = isinstance(error, CapacityError)
+            if is_busy:
+                self._metrics.refused("queue_full")
             job.answer = "refused" if is_busy else "failed"
             kind = RefusalKind.BUSY if is_busy else RefusalKind.FAILED
             job.session.send(Refused(transfer_id, kind, str(error)))

@@ -81,7 +81,7 @@ async def run_worker(settings: WorkerSettings, loaded: Loaded, transport: Transp
     limits = RequestLimits(card.max_context_tokens, loaded.runner.model.config.vocab_size)
     exporting = start_tracing(settings.tracing, card.role, card.replica_id, metrics)
     tracing = worker.tracing = WorkerTracing(exporting, card)
-    sender, prefill = _prefill_service(engine, endpoint, settings.handoff, limits, tracing)
+    sender, prefill = _prefill_service(worker, engine, endpoint, settings.handoff, limits)
     closers, generate = _generate_service(worker, engine, endpoint, settings, limits)
     metrics.registry.register(HandoffCollector(card.role, [sender, generate.receiver]))
     worker.run(engine, generate, prefill, [*closers, sender.close, tracing.close])
@@ -105,11 +105,11 @@ def _register(
 
 
 def _prefill_service(
+    worker: Worker,
     engine: Engine,
     endpoint: Endpoint,
     handoff: HandoffConfig,
     limits: RequestLimits,
-    tracing: WorkerTracing,
 ) -> tuple[HandoffSender, PrefillService]:
     service: PrefillService
 
@@ -118,7 +118,7 @@ def _prefill_service(
 
     sender_limits = SenderLimits.of(handoff, endpoint.transport.place)
     sender = HandoffSender(endpoint, sender_limits, on_done)
-    service = PrefillService(engine, sender, limits, tracing)
+    service = PrefillService(engine, sender, worker.metrics, limits, worker.tracing)
     return sender, service
 
 

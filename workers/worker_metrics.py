@@ -29,9 +29,9 @@ class WorkerMetrics(Metrics):
         )
         self._refusals = self.counter(
             "antiphon_worker_refusals",
-            "Requests refused here for want of room.",
+            "Requests, and prompts of decode workers, refused here for want of room.",
             "reason",
-            values=("queue_full", "no_headroom", "draining"),
+            values=("queue_full", "no_headroom", "no_link", "draining"),
         )
         self._session_refusals = self.counter(
             "antiphon_session_refusals",
@@ -43,7 +43,7 @@ class WorkerMetrics(Metrics):
     def _make_prefill_metrics(self) -> None:
         self._fallbacks = self.counter(
             "antiphon_prefill_fallbacks",
-            "Prompts computed by the decode worker because the prefill pool failed.",
+            "Prompts computed by the decode worker because no prefill worker delivered.",
             "reason",
             values=(
                 *(outcome for outcome in Outcome if outcome is not Outcome.COMPLETE),
@@ -95,7 +95,7 @@ class WorkerMetrics(Metrics):
         self._tail_seconds.inc(tail_seconds)
 
     def refused(self, reason: str) -> None:
-        """A request was refused as busy."""
+        """A request, or a decode worker's prompt, was refused as busy."""
         self._refusals.labels(self.role, reason).inc()
 
     def session_refused(self, reason: str) -> None:

@@ -179,6 +179,7 @@ def test_a_refusal_overtakes_the_end_of_its_transfer(monkeypatch: pytest.MonkeyP
         await client.finish(request_id)
         assert client.paths[request_id] == "fallback"
         assert decode.metrics.count("antiphon_prefill_attempts_total", outcome="busy") == 1
+        assert prefill.metrics.count("antiphon_worker_refusals_total", reason="queue_full") == 1
         await assert_idle(prefill, decode)
         assert aborted_at[0] - refused_at[0] > 0.04
         await close(client.session, prefill, decode)

@@ -11,6 +11,7 @@ from tiny_models import oracle, tiny_model
 
 from antiphon.config import EngineConfig
 from antiphon.messages import Role
+from antiphon.workers.handoff.sender_link import SenderLimits
 
 
 @pytest.mark.parametrize(
@@ -74,10 +75,27 @@ def test_a_full_prefill_worker_says_busy_and_the_next_one_is_asked() -> None:
             request_id = cluster.submit(peer_of(full), *cluster.candidates)
             assert await cluster.client.finish(request_id) == [expected]
             assert (cluster.attempts("busy"), cluster.attempts("complete")) == (1, 1)
+            refusals = "antiphon_worker_refusals_total"
+            assert full.metrics.count(refusals, reason="queue_full") == 1
             cluster.client.abort(asker)
             gate.set()
             await assert_idle(full)
             await full.close()
+
+    run(scenario())
+
+
+def test_a_prefill_worker_without_a_link_to_spare_says_busy_and_counts_that() -> None:
+    model = tiny_model("llama")
+
+    async def scenario() -> None:
+        async with Cluster(model, FaultPlan()) as cluster:
+            (worker,) = cluster.prefills
+            worker.prefill._sender._limits = SenderLimits(max_links=0)
+            request_id = cluster.submit()
+            await cluster.client.finish(request_id)
+            assert (cluster.attempts("busy"), cluster.fallbacks("busy")) == (1, 1)
+            assert worker.metrics.count("antiphon_worker_refusals_total", reason="no_link") == 1
 
     run(scenario())
 
