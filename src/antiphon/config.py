@@ -122,7 +122,7 @@ class HandoffConfig(_Section):
     stall_seconds: Annotated[float, Field(gt=0)] = Field(
         20.0,
         description="A prefill worker that sends nothing for this long, be it that the prompt "
-        "waits there, is given up for the next one.",
+        "waits there or that piece_bytes take long to compute, is given up for the next one.",
     )
     max_prefill_attempts: Annotated[int, Field(ge=1, le=MAX_PREFILL_CANDIDATES)] = Field(
         MAX_PREFILL_CANDIDATES, description="Prefill workers that are asked for one prompt."
@@ -135,7 +135,8 @@ class HandoffConfig(_Section):
     piece_bytes: Bytes = Field(
         ByteSize(2 << 20),
         description="Less KV than this is not sent before the prompt is done, so that a short "
-        "prompt goes in one piece; more is sent while later tokens are computed.",
+        "prompt goes in one piece; more is sent while later tokens are computed. To compute so "
+        "much must take far less than stall_seconds, since nothing comes until then.",
     )
     max_links: Annotated[int, Field(ge=1)] = Field(
         64,
