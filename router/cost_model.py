@@ -5,8 +5,8 @@
 
 The sum ignores that a long prompt's transfer overlaps its computation: transfer is a few per cent
 of prefill, and the error is the same for every pair. Charges are seconds too, but they are for what
-others pay (streams that a prompt stalls) or for a risk (no free blocks): they rank workers and are
-not part of the prediction.
+others pay (streams that a prompt stalls) or for a risk (no place until streams end): they rank
+workers and are not part of the prediction.
 """
 
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ class CostParameters:
     # streams stand still meanwhile; chunked prefill slows them down instead.
     stall_weight: float = 0.25
     # Charge for a worker without room for the prompt: about how long a stream holds its blocks.
+    # Nobody reports how long streams last.
     full_seconds: float = 5.0
     # Predictions closer than this share of the best are equal: their inputs are no more exact.
     tie_ratio: float = 0.1
@@ -58,7 +59,8 @@ class CostModel:
     def wait_seconds(self, load: Load, num_streams: int) -> float:
         """Predict the first decode step beside ``num_streams`` others.
 
-        Waiting requests are admitted first, one a step.
+        Each that waits counts as a step, which only ranks workers that have no room: it waits for
+        a stream to end, and ``room_seconds`` charges for that.
         """
         step = load.decode_step_seconds or self.parameters.default_decode_step_seconds
         return step * (1 + load.num_waiting + self.parameters.stream_slowdown * num_streams)
@@ -68,10 +70,14 @@ class CostModel:
         weight = self.parameters.stall_weight * load.num_running
         return weight * self.prefill_seconds(load, 0, num_tokens)
 
-    def room_seconds(self, load: Load, num_unseen_blocks: int, num_needed_blocks: int) -> float:
-        """Charge for a worker that has to free blocks before it can take the prompt.
+    def room_seconds(self, load: Load, num_unseen_blocks: int, num_prompt_blocks: int) -> float:
+        """Charge for a worker on which streams have to end before it can take the prompt.
 
-        It keeps a block free for each request that it has, to grow into.
+        Workers report after they have admitted all that fits, so whoever waits in a report found no
+        place, and a prompt sent now stands behind, however small. All its blocks count: what is
+        cached of it is among the free ones until it takes them. A worker keeps a block free for
+        each request that it has, to grow into.
         """
         num_free = load.num_free_blocks - load.num_running - num_unseen_blocks
-        return self.parameters.full_seconds if num_needed_blocks > num_free else 0.0
+        is_full = load.num_waiting or num_prompt_blocks > num_free
+        return self.parameters.full_seconds if is_full else 0.0

@@ -94,8 +94,7 @@ class Rating:
     ) -> RatedTuple:
         card, load, ledger = worker.card, worker.believed, self._ledger_of(worker)
         num_streams = _num_requests(load, ledger)
-        num_needed = num_blocks(prompt, card, num_cached)
-        room = self._model.room_seconds(load, ledger.num_unseen_blocks, num_needed)
+        room = self._model.room_seconds(load, ledger.num_unseen_blocks, num_blocks(prompt, card))
         num_missing = prompt.num_tokens - 1 - num_cached
         handoff = self._model.handoff_seconds(num_missing, card.wire_bytes_per_token)
         seconds = prefill.seconds + handoff + self._model.wait_seconds(load, num_streams)
@@ -107,9 +106,7 @@ class Rating:
         """Rate computing a prompt where it is decoded, whatever the worker's role."""
         card, load, ledger = worker.card, worker.believed, self._ledger_of(worker)
         num_streams = _num_requests(load, ledger)
-        num_cached = _num_cached_tokens(cached.confirmed, card, prompt.num_tokens - 1)
-        num_needed = num_blocks(prompt, card, num_cached)
-        room = self._model.room_seconds(load, ledger.num_unseen_blocks, num_needed)
+        room = self._model.room_seconds(load, ledger.num_unseen_blocks, num_blocks(prompt, card))
         num_cached = _num_cached_tokens(cached.expected, card, prompt.num_tokens - 1)
         num_tokens = prompt.num_tokens - 1 - num_cached
         num_queued = load.num_queued_tokens + ledger.num_unseen_prefill_tokens
@@ -192,11 +189,11 @@ def _num_cached_tokens(found: dict[str, int], card: WorkerCard, num_kv_tokens: i
     return num_kv_tokens - num_kv_tokens % card.block_size  # whole blocks are found, or none
 
 
-def num_blocks(prompt: HashedPrompt, card: WorkerCard, num_cached_tokens: int) -> int:
-    """Blocks that the prompt and its first output token still need on a worker."""
+def num_blocks(prompt: HashedPrompt, card: WorkerCard, num_cached_tokens: int = 0) -> int:
+    """Blocks of a prompt and its first output token on a worker, but for the cached ones."""
     return -(-(prompt.num_tokens + 1 - num_cached_tokens) // card.block_size)
 
 
 def lacks_room(option: Option | RatedTuple) -> bool:
-    """Whether a worker has to free blocks for a prompt that was rated with targets."""
+    """Whether streams have to end before a worker takes a prompt that was rated with targets."""
     return option[0] > option[3]

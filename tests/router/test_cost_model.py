@@ -48,3 +48,4 @@ def test_room_is_charged_when_blocks_are_short(cluster, model):
     load = replace(cluster.idle, num_free_blocks=15, num_running=3)
     assert model.room_seconds(load, 2, 10) == 0.0
     assert model.room_seconds(load, 2, 11) == 7.0
+    assert model.room_seconds(replace(load, num_waiting=1), 0, 1) == 7.0

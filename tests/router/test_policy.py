@@ -200,14 +200,28 @@ def test_a_full_or_busy_decode_worker_is_avoided_but_not_dropped(cluster, policy
     assert choose(policy, view, exclude={"d1"}).decode.incarnation == "d0"
 
 
-def test_blocks_in_the_cache_are_not_needed_again(cluster, policy):
-    view = cluster.view(prefill=1, decode=1)
-    set_load(cluster, view, "d0", num_free_blocks=30, stored=LONG_HASHES[:50])
-    free, full = choose(policy, view), choose(policy, view, list(range(1, 1001)))
-    assert free.num_cached_tokens_decode == 800
-    assert full.num_cached_tokens_decode == 0
-    # Needs 13 and 63 blocks: only the second is charged, and neither prediction contains charges.
-    assert full.predicted_ttft_seconds < 2
+@pytest.mark.parametrize("num_waiting", [0, 1])
+def test_free_blocks_are_no_room_behind_a_request_that_found_none(cluster, policy, num_waiting):
+    view = cluster.view(prefill=1, decode=2)
+    blocked = {"num_running": 10, "num_waiting": num_waiting, "num_free_blocks": 300}
+    set_load(cluster, view, "d0", **blocked)
+    set_load(cluster, view, "d1", num_running=20)
+    decision = choose(policy, view, LONG[:500])  # 32 blocks
+    assert decision.decode.incarnation == ("d1" if num_waiting else "d0")
+
+
+@pytest.mark.parametrize(("num_free_blocks", "chosen"), [(73, "d0"), (72, "d1")])
+def test_cached_blocks_of_a_prompt_are_no_room_for_the_rest(
+    cluster, policy, num_free_blocks, chosen
+):
+    view = cluster.view(prefill=1, decode=2)
+    crowded = {"num_running": 10, "num_free_blocks": num_free_blocks}
+    set_load(cluster, view, "d0", **crowded, stored=LONG_HASHES[:50])  # of 63 blocks
+    set_load(cluster, view, "d1", num_running=20)
+    decision = choose(policy, view)
+    assert decision.decode.incarnation == chosen
+    assert decision.num_cached_tokens_decode == (800 if chosen == "d0" else 0)
+    assert decision.predicted_ttft_seconds < 2  # charges are no part of predictions
 
 
 def test_an_idle_pool_is_spread_evenly_by_turns(cluster, policy):

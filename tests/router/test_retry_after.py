@@ -44,17 +44,17 @@ def test_a_queue_is_its_tokens_over_the_measured_rate_of_the_earliest_prefill_wo
     assert told(RetryAfter(0.0), view) == pytest.approx(12.0)
 
 
-def test_requests_that_wait_for_decode_are_admitted_one_a_step(cluster, view):
+def test_requests_that_wait_for_decode_wait_for_streams_to_end(cluster, view):
     waiting = {"num_waiting": 99, "decode_step_seconds": 0.1}
     load_of(cluster, view, d0=waiting, d1={**waiting, "num_waiting": 199})
-    assert told(RetryAfter(0.0), view) == pytest.approx(10.0)
+    assert told(RetryAfter(0.0), view) == pytest.approx(5.0 + 10.0)
     load_of(cluster, view, d1={})
     assert told(RetryAfter(0.0), view) < 1.0
 
 
 def test_the_longer_of_the_two_queues_counts_because_both_shrink(cluster, view):
-    queued = {"num_queued_tokens": 8000}
-    load_of(cluster, view, p0=queued, p1=queued, d0={"num_waiting": 99}, d1={"num_waiting": 99})
+    queued, full = {"num_queued_tokens": 8000}, {"num_free_blocks": 4}
+    load_of(cluster, view, p0=queued, p1=queued, d0=full, d1=full)
     assert told(RetryAfter(0.0), view) == pytest.approx(8.0)
 
 

@@ -161,11 +161,12 @@ def test_a_prefill_worker_with_less_context_generates_nothing(cluster):
 # Room.
 
 
-def test_nobody_leaves_a_worker_with_room_for_one_without(cluster):
+@pytest.mark.parametrize("trouble", [{"num_free_blocks": 10}, {"num_waiting": 1}])  # 26 blocks
+def test_nobody_leaves_a_worker_with_room_for_one_without(cluster, trouble):
     view = cluster.view(prefill=1, decode=2)
     set_load(cluster, view, "p0", prompt_share=0.9)
     set_load(cluster, view, "d0", **streams(5))  # 70 ms of 100
-    set_load(cluster, view, "d1", **streams(1), num_free_blocks=10)  # of 26
+    set_load(cluster, view, "d1", **streams(1), **trouble)
     for target_ttft in (2.0, None):
         assert choose(policy(target_ttft), view).decode.incarnation == "d0"
     set_load(cluster, view, "d1", **streams(1))
