@@ -66,6 +66,7 @@ class ClusterBackend:
         self._is_stopping = False
         self._is_cut_off = False
         self._num_open = 0
+        self._max_choices = 1  # of one request that are with the workers at once
         # Prompt plus output that every decode worker takes which Serve lists, or listed last:
         # requests are planned while the only one is being replaced, and wait for the next.
         self.max_context_tokens: int | None = None
@@ -103,6 +104,9 @@ class ClusterBackend:
         decode = [card for card in self.sessions.listed if card.role is not Role.PREFILL]
         limits = [card.max_context_tokens for card in decode]
         self.max_context_tokens = min(limits, default=self.max_context_tokens)
+        # Half of what queues hold, so that no single request fills them.
+        queues = [max(1, card.max_waiting_requests // 2) for card in decode]
+        self._max_choices = sum(queues) or self._max_choices
 
     def count_wanted(self, num_wanted: Callable[[], Mapping[Role, int]]) -> None:
         """Say whom metrics ask for how many workers each pool is to have."""
@@ -118,24 +122,25 @@ class ClusterBackend:
         """Yield a request's outputs; see ``Backend.generate``."""
         journey = journey or Journey(time.monotonic())
         self._num_open += 1
-        replay = Replay(prompt_token_ids, sampling, self._config)
+        replay = Replay(prompt_token_ids, sampling, self._config, journey.answer)
         try:
             if self._is_stopping:
                 raise ServiceStoppingError(_STOPPING)
-            while (finish_reason := replay.finish_reason) is None:
-                decision = await self._choose(replay)
-                replay.fit(self.max_context_tokens or decision.decode.max_context_tokens)
-                request = submission(request_id, replay, decision)
-                try:
-                    async with aclosing(self._attempt(decision, request, journey)) as outputs:
-                        async for output in outputs:
-                            self._settle(request_id, replay, "resumed")
-                            journey.answered(output.timing)
-                            yield replay.take(output)
-                    return
-                except (CapacityError, WorkerLostError, RequestError) as error:
-                    journey.failed(replay_reason(error))
-                    self._attempt_failed(request_id, replay, decision, error)
+            async with journey.answer.turn(self._max_choices):
+                while (finish_reason := replay.finish_reason) is None:
+                    decision = await self._choose(replay)
+                    replay.fit(self.max_context_tokens or decision.decode.max_context_tokens)
+                    request = submission(request_id, replay, decision)
+                    try:
+                        async with aclosing(self._attempt(decision, request, journey)) as outputs:
+                            async for output in outputs:
+                                self._settle(request_id, replay, "resumed")
+                                journey.answered(output.timing)
+                                yield replay.take(output)
+                        return
+                    except (CapacityError, WorkerLostError, RequestError) as error:
+                        journey.failed(replay_reason(error))
+                        self._attempt_failed(request_id, replay, decision, error)
             self._settle(request_id, replay, "complete")
             yield RequestOutput(request_id, [], finish_reason)
         except AntiphonError as error:

@@ -15,6 +15,7 @@ from antiphon.deployment.openai_api import (
     ChatCompletionRequest,
     CompletionRequest,
 )
+from antiphon.deployment.shared_answer import SharedAnswer
 from antiphon.errors import InvalidParameterError, PromptTooLongError, UnknownModelError
 from antiphon.messages import SamplingParams
 
@@ -42,12 +43,12 @@ class Planner:
         """
         if body.model != self.backend.model_name:
             raise UnknownModelError(body.model, self.backend.model_name)
-        choices = []
+        choices, answer = [], SharedAnswer()
         for prompt_token_ids in await self._tokenise(body):
             max_tokens = self._max_tokens(body, len(prompt_token_ids))
             for index in range(body.n):
                 sampling = self._sampling(body, max_tokens, index)
-                journey = Journey(arrived_at, len(prompt_token_ids))
+                journey = Journey(arrived_at, len(prompt_token_ids), answer)
                 choices.append(Choice(prompt_token_ids, sampling, index == 0, journey))
         return choices
 

@@ -6,7 +6,8 @@ The HTTP layer opens a journey when a request arrives and notes tokens as they l
 notes attempts. Readings are of this process's ``time.monotonic``; what happened on workers comes as
 durations with the first token. The parts add up to the time to the first token:
 
-    route          arrival to the message being sent: template, tokens, choice, failed attempts
+    route          arrival to the message being sent: template, tokens, its turn among the choices
+                   of its request, choice of workers, failed attempts
     submit         the decode worker's queue, until blocks were reserved
     prefill_queue  prefill  transfer  decode_queue  first_step     see ``RequestTiming``
     return         both ways between ingress and worker, and until the token leaves
@@ -14,6 +15,7 @@ durations with the first token. The parts add up to the time to the first token:
 
 from dataclasses import dataclass, field
 
+from antiphon.deployment.shared_answer import SharedAnswer
 from antiphon.request_timing import RequestTiming
 from antiphon.router.decision import Decision
 from antiphon.tracing import RequestSpan
@@ -42,6 +44,7 @@ class Journey:
 
     arrived_at: float
     num_prompt_tokens: int = 0
+    answer: SharedAnswer = field(default_factory=SharedAnswer)  # with the request's other choices
     attempts: list[Attempt] = field(default_factory=list)
     timing: RequestTiming | None = None  # of the attempt that gave the first token
     first_sent_at: float = 0.0  # of that attempt

@@ -1,14 +1,15 @@
 """One request across the workers that it may need: what it has so far, and where it may go next.
 
     choose -> attempt -> outputs ... finish
-      ^         | busy      another worker, three in all; a stream that has begun waits for room
+      ^         | busy      another worker, three in all; an answer that has begun waits for room
       |         | draining  another worker
       +---------| lost      another worker, with prompt + tokens so far     (a replay)
                 | moved     the same, but nobody failed: it does not count against max_replays
 
-Each worker is asked once until the first token. A stream that has begun may return to one that was
-busy or lost, so three bounds end it: losses are counted, a worker that stops is asked once, and a
-third refusal is the last one when the client has waited for ``replay_wait_seconds``.
+Each worker is asked once until the first token, of this choice or of another one of its request:
+the answer has begun. From then on it may return to one that was busy or lost, so three bounds end
+it: losses are counted, a worker that stops is asked once, and a third refusal is the last one when
+the client has waited for ``replay_wait_seconds``.
 
 A replay continues exactly: a token depends on the tokens before it and, if sampled, on a hash of
 the seed and its position, and the ingress fixes the seed before the first attempt. Where a wire or
@@ -26,6 +27,7 @@ from msgspec.structs import replace
 
 from antiphon.config import RouterConfig
 from antiphon.deployment.backend import REST_OF_CONTEXT
+from antiphon.deployment.shared_answer import SharedAnswer
 from antiphon.errors import (
     AntiphonError,
     CapacityError,
@@ -43,17 +45,19 @@ LOST_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Replay:
-    """The state of one request in the ingress.
+    """The state of one choice in the ingress; to the workers it is a request.
 
     Args:
         original_prompt: As the client sent it.
         original_sampling: With a fixed seed; ``REST_OF_CONTEXT`` is replaced by ``fit``.
         config: Its bounds.
+        answer: That it is a part of.
     """
 
     original_prompt: list[int]
     original_sampling: SamplingParams
     config: RouterConfig
+    answer: SharedAnswer = field(default_factory=SharedAnswer)
     output_token_ids: list[int] = field(default_factory=list)
     num_replays: int = 0
     _num_refusals: int = 0
@@ -71,7 +75,7 @@ class Replay:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the client has tokens already."""
+        """Whether it has tokens already."""
         return bool(self.output_token_ids)
 
     @property
@@ -109,7 +113,7 @@ class Replay:
 
     def excluded(self, now: float) -> set[str]:
         """Incarnations that must not be asked now."""
-        if not self.has_begun:
+        if not self.answer.has_begun:
             return set(self._excluded)
         return {incarnation for incarnation, until in self._excluded.items() if now < until}
 
@@ -120,6 +124,7 @@ class Replay:
         else:
             output = replace(output, num_cached_tokens=self._num_cached_tokens, timing=None)
         self.output_token_ids += output.token_ids
+        self.answer.has_begun = True
         self._paused_at = None
         self._num_refusals = 0
         return output
@@ -135,7 +140,8 @@ class Replay:
             raise error  # later, it may be that a worker with a smaller context was asked
         self._last_error = error
         self._excluded[incarnation] = math.inf
-        if self.has_begun and self._paused_at is None:
+        was_queued = isinstance(error, WorkerLostError) and not self.has_begun  # perhaps for long
+        if self.answer.has_begun and (self._paused_at is None or was_queued):
             self._paused_at = now
         if isinstance(error, WorkerLostError):
             self._losses.append(replay_reason(error))
@@ -155,6 +161,8 @@ class Replay:
         Raises:
             AntiphonError: It may not, or waited long enough; what the client should be told.
         """
+        if self.answer.has_begun and self._paused_at is None:  # its turn has come, and no worker
+            self._paused_at = now
         if self._may_pause(now):
             return
         if isinstance(self._last_error, CapacityError):
@@ -176,7 +184,7 @@ class Replay:
             raise error
 
     def _may_pause(self, now: float) -> bool:
-        """Whether it is a stream that has begun, and its client can be kept waiting."""
+        """Whether its answer has begun, and the client can be kept waiting."""
         paused_at = self._paused_at
         return paused_at is not None and now - paused_at < self.config.replay_wait_seconds
 

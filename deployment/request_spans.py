@@ -1,6 +1,6 @@
 """The spans of a request at its ingress.
 
-    POST /v1/...  >  choice  >  prepare   arrival until workers are chosen: template, tokens
+    POST /v1/...  >  choice  >  prepare   arrival until workers are chosen: template, tokens, turn
                                 choose    the router's choice
                                 attempt   the worker has it; the worker's span is below this one
 

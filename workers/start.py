@@ -166,6 +166,7 @@ def _card(settings: WorkerSettings, loaded: Loaded, port: int, session_key: str)
         session_key=session_key,
         start_seconds=time.monotonic() - settings.began_at,
         caches_prefixes=settings.engine.prefix_cache,
+        max_waiting_requests=settings.engine.max_waiting_requests,
     )
 
 

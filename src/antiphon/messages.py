@@ -70,6 +70,7 @@ class WorkerCard(msgspec.Struct, frozen=True):
     session_key: str = ""  # opens sessions with it
     start_seconds: float = 0.0  # that its start took; 0: not known
     caches_prefixes: bool = True  # what it has computed is found by later prompts
+    max_waiting_requests: int = 256  # further ones it refuses
 
     def public(self) -> dict[str, Any]:
         """What anybody may know of a worker: all but its key."""

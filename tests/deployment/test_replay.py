@@ -5,6 +5,7 @@ import pytest
 from antiphon.config import RouterConfig
 from antiphon.deployment.backend import REST_OF_CONTEXT
 from antiphon.deployment.replay import MAX_REFUSALS, Replay, replay_reason
+from antiphon.deployment.shared_answer import SharedAnswer
 from antiphon.errors import (
     AntiphonError,
     NoWorkerError,
@@ -182,6 +183,33 @@ def test_a_stream_waits_for_a_bounded_time_and_anew_after_each_token() -> None:
     request.take(output(8))
     request.failed("c", WorkerLostError("gone"), now=200.0)
     request.wait_or_raise(NoWorkerError("nobody"), now=204.0)
+
+
+def choice_of_a_begun_answer() -> Replay:
+    answer, config = SharedAnswer(), RouterConfig(replay_wait_seconds=5)
+    sibling, request = (Replay([1, 2, 3], SAMPLING, config, answer) for _ in range(2))
+    sibling.take(output(7))
+    return request
+
+
+def test_a_choice_without_tokens_waits_once_its_answer_has_begun() -> None:
+    request = choice_of_a_begun_answer()
+    request.wait_or_raise(NoWorkerError("nobody"), now=90.0)  # it has its turn, and was never sent
+    request.failed("a", WorkerLostError("gone"), now=100.0)  # after 10 s in a queue
+    assert request.excluded(101.0) == set()
+    request.wait_or_raise(NoWorkerError("nobody"), now=104.9)
+    with pytest.raises(NoWorkerError):
+        request.wait_or_raise(NoWorkerError("nobody"), now=105.0)
+    assert request.prompt_token_ids == [1, 2, 3]
+
+
+def test_busy_workers_end_a_choice_without_tokens_when_its_answer_has_waited() -> None:
+    request, busy = choice_of_a_begun_answer(), WorkerBusyError("full")
+    for now in range(100, 105):
+        request.failed("a", busy, now)
+        assert request.excluded(now + 1.0) == set()
+    with pytest.raises(WorkerBusyError):
+        request.failed("a", busy, now=105.0)
 
 
 def test_a_bad_request_is_the_clients_at_first_and_that_workers_later() -> None:
