@@ -173,7 +173,7 @@ class ClusterBackend:
     async def _choose(self, replay: Replay) -> Decision:
         """Choose workers, waiting for one if the request may wait."""
         began_at = asked_at = time.monotonic()
-        prompt = self._view.hash_prompt(replay.prompt_token_ids)
+        prompt = replay.answer.hash_prompt(replay.prompt_token_ids, self._view)
         while True:
             now = time.monotonic()
             if self._is_cut_off:

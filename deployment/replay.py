@@ -80,7 +80,9 @@ class Replay:
 
     @property
     def prompt_token_ids(self) -> list[int]:
-        """What the next worker has to continue."""
+        """What the next worker has to continue; the client's own list before the first token."""
+        if not self.has_begun:
+            return self.original_prompt
         return self.original_prompt + self.output_token_ids
 
     @property

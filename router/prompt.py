@@ -1,7 +1,7 @@
 """A prompt as the router sees it: its length, and its block hashes for each block size in use.
 
-Hashing is the dearest part of a decision and depends on the prompt alone, so it happens once per
-request; every retry and every resubmission with another ``exclude`` uses the same object.
+Hashing is the dearest part of a decision and depends on the prompt alone, so the choices of one
+prompt, and every retry with another ``exclude``, use the same object. A replay has a longer prompt.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -126,8 +126,17 @@ class ClusterView:
         index.add(incarnation, telemetry.stored)
         self._record_load(incarnation, telemetry, now)
 
-    def hash_prompt(self, token_ids: Sequence[int]) -> HashedPrompt:
-        """Hash a prompt for every block size that a worker here uses."""
+    def hash_prompt(
+        self, token_ids: Sequence[int], known: HashedPrompt | None = None
+    ) -> HashedPrompt:
+        """Hash a prompt for every block size that a worker here uses.
+
+        Args:
+            token_ids: At least one.
+            known: The same prompt, hashed before; returned unless another block size has come.
+        """
+        if known is not None and known.hashes.keys() >= self._indexes.keys():
+            return known
         return hash_prompt(token_ids, self._indexes)
 
     def match(self, prompt: HashedPrompt, now: float) -> CachedBlocks:

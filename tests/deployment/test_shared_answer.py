@@ -5,6 +5,7 @@ import json
 from collections.abc import Coroutine
 from typing import Any
 
+import pytest
 from pools import assert_idle, start, until
 from tiny_models import oracle, tiny_model
 from two_pools import close, http_client
@@ -16,6 +17,7 @@ from antiphon.deployment.ingress_metrics import IngressMetrics
 from antiphon.deployment.journey import Journey
 from antiphon.deployment.shared_answer import SharedAnswer
 from antiphon.messages import Role, SamplingParams
+from antiphon.router import telemetry_view
 from antiphon.workers.worker import Worker
 
 PROMPTS = [[5 + i] * 20 for i in range(8)]
@@ -142,5 +144,25 @@ def test_a_choice_that_was_queued_waits_for_a_successor_as_its_siblings_do() -> 
         assert reading.tokens == expected
         await assert_idle(successor)
         await close(backend, successor)
+
+    run(scenario())
+
+
+def test_choices_of_one_prompt_hash_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    hash_prompt = telemetry_view.hash_prompt
+
+    def counted(token_ids: Any, block_sizes: Any) -> Any:
+        hashed.append(len(token_ids))
+        return hash_prompt(token_ids, block_sizes)
+
+    monkeypatch.setattr(telemetry_view, "hash_prompt", counted)
+
+    async def scenario() -> None:
+        backend, worker = await system()
+        reading = Choices(backend, [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4, max_tokens=2)
+        await reading.task
+        assert len(hashed) == 2
+        await close(backend, worker)
 
     run(scenario())

@@ -131,7 +131,12 @@ def test_pools_with_different_block_sizes_are_matched_by_their_own_hashes(cluste
     view.apply("d0", cluster.snapshot(stored=HASHES[:3]), now=0.0)
     assert confirmed(view) == {"p0": 1, "d0": 3}
     view.leave("p0")
-    assert set(view.hash_prompt(TOKENS).hashes) == {16}
+    known = view.hash_prompt(TOKENS)
+    assert set(known.hashes) == {16}
+    assert view.hash_prompt(TOKENS, known) is known
+    view.join(cluster.card("p1", Role.PREFILL, block_size=32))
+    view.apply("p1", cluster.snapshot(), now=0.0)
+    assert set(view.hash_prompt(TOKENS, known).hashes) == {16, 32}
     view.check()
 
 
