@@ -26,6 +26,7 @@ import typer
 
 from antiphon.config import AntiphonConfig
 from antiphon.deployment.endpoint import base_url, listen_error, serve_listen_error
+from antiphon.deployment.existing_cluster import check_serve, join
 from antiphon.deployment.local_machine import (
     OBJECT_STORE_BYTES,
     check_room,
@@ -34,10 +35,10 @@ from antiphon.deployment.local_machine import (
     usable_gpus,
     with_gpus,
 )
+from antiphon.deployment.serve_document import APP_NAME, INGRESS_NAME
 from antiphon.deployment.start_progress import wait_until_running
 from antiphon.errors import ConfigError
 
-APP_NAME = "antiphon"
 _READY_SECONDS = 60.0
 _POLL_SECONDS = 0.2
 _ANSWER_SECONDS = 5.0  # for an ingress to end what is open, once it is told to
@@ -48,8 +49,8 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
 
     Raises:
         ConfigError: The model cannot be found, the port is taken, there are no API keys where there
-            should be, no cluster is at the address or it serves such an application already, this
-            machine lacks what the workers ask for, or they cannot start.
+            should be, no cluster is at the address or its Serve has no place for the application,
+            this machine lacks what the workers ask for, or they cannot start.
     """
     started_at = time.monotonic()
     _check_port(config, address)
@@ -61,12 +62,15 @@ def launch(config: AntiphonConfig, address: str | None) -> None:
         _resolve_model(config)
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: (hurry if stop.is_set() else stop).set())
-        _deploy(config, address, stop)
-        if not stop.is_set() and _wait_until_ready(config, stop):
-            _print_ready(config, time.monotonic() - started_at)
-            stop.wait()
-            _finish_open_requests(config.http.drain_seconds, hurry)
-        typer.echo("stopping ...")
+        try:
+            _deploy(config, address, stop)
+            if not stop.is_set() and _wait_until_ready(config, stop):
+                _print_ready(config, time.monotonic() - started_at)
+                stop.wait()
+                _finish_open_requests(config.http.drain_seconds, hurry)
+            typer.echo("stopping ...")
+        finally:
+            _remove(address)
 
 
 def _check_port(config: AntiphonConfig, address: str | None) -> None:
@@ -119,11 +123,10 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
     # short for good.
     os.environ.setdefault("RAY_SERVE_STOP_FAILED_ROLLING_UPDATES", "0")
     import ray
-    from ray import serve
 
     if address is not None:
-        _join(address)
-        _check_name(address)
+        join(address)
+        check_serve(address, config.http)
     else:
         num_cpus = local_cpus(config)
         typer.echo(f"starting Ray with {num_cpus} CPUs")
@@ -138,10 +141,6 @@ def _ray(config: AntiphonConfig, address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        if address is None:
-            serve.shutdown()  # type: ignore[no-untyped-call]
-        else:
-            serve.delete(APP_NAME)
         ray.shutdown()
 
 
@@ -156,32 +155,6 @@ def _placed(config: AntiphonConfig, address: str | None) -> AntiphonConfig:
     elif offered.get("GPU"):
         report_cpus(config, _report)
     return config
-
-
-def _join(address: str) -> None:
-    import ray
-    import ray.exceptions
-
-    from antiphon.deployment.ray_address import reachable_head
-
-    typer.echo(f"joining Ray at {address}")
-    try:
-        found = reachable_head(address)
-        ray.init(address=found, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"cannot join a Ray cluster at {address}: {error}") from None
-
-
-def _check_name(address: str) -> None:
-    """Two commands would update one application, and the first that ends would delete it."""
-    from ray import serve
-
-    if (found := serve.status().applications.get(APP_NAME)) is not None:
-        raise ConfigError(
-            f"the cluster at {address} serves an application {APP_NAME!r} already "
-            f"({found.status.value.lower()}); update it with `serve deploy`, or end it first, "
-            f"with ray.serve.delete({APP_NAME!r})"
-        )
 
 
 def _deploy(config: AntiphonConfig, address: str | None, stop: threading.Event) -> None:
@@ -217,11 +190,22 @@ def _wait_until_ready(config: AntiphonConfig, stop: threading.Event) -> bool:
     raise ConfigError(f"{url} was not ready within {_READY_SECONDS:.0f} s: {reason}")
 
 
+def _remove(address: str | None) -> None:
+    """End what was deployed; what fails here does not hide the reason why it ends."""
+    from ray import serve
+
+    try:
+        if address is None:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+        elif APP_NAME in serve.status().applications:
+            serve.delete(APP_NAME)
+    except Exception as error:
+        typer.echo(f"application {APP_NAME!r} may be there still: {error}", err=True)
+
+
 def _finish_open_requests(seconds: float, hurry: threading.Event) -> None:
     """Refuse new requests and wait for open ones; on return none is open."""
     from ray import serve
-
-    from antiphon.deployment.serve_document import INGRESS_NAME
 
     typer.echo(f"finishing open requests, for {seconds:.0f} s at most; once more ends them now")
     try:
@@ -270,8 +254,6 @@ def _print_ready(config: AntiphonConfig, seconds: float) -> None:
 def _workers() -> list[dict[str, Any]]:
     """What ``/workers`` answers, asked for by a way that needs no API key."""
     from ray import serve
-
-    from antiphon.deployment.serve_document import INGRESS_NAME
 
     ingress = serve.get_deployment_handle(INGRESS_NAME, APP_NAME)
     workers: list[dict[str, Any]] = ingress.list_workers.remote().result(timeout_s=_ANSWER_SECONDS)

@@ -16,6 +16,7 @@ from typing import Any
 from antiphon.config_loading import parse_config
 from antiphon.errors import ConfigError
 
+APP_NAME = "antiphon"
 IMPORT_PATH = "antiphon.deployment.application:app"
 POOLS = ("prefill", "decode", "colocated")
 INGRESS_NAME = "ingress"
@@ -40,7 +41,7 @@ def serve_document(data: Mapping[str, Any]) -> dict[str, Any]:
     arguments["http"] = _without(data.get("http"), "ingress_replicas")
     deployments.append({"name": INGRESS_NAME, "num_replicas": config.http.ingress_replicas})
     application = {
-        "name": "antiphon",
+        "name": APP_NAME,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
         "args": arguments,

@@ -1,10 +1,13 @@
 """What the command checks before it serves, and how it ends: the whole way is in ``tests/e2e``."""
 
+import os
+import signal
 import threading
 import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +15,8 @@ from processes import free_port
 
 from antiphon.config_loading import parse_config
 from antiphon.deployment import launcher
-from antiphon.deployment.launcher import (
-    APP_NAME,
-    _check_name,
-    _check_port,
-    _finish_open_requests,
-    _placed,
-    launch,
-)
+from antiphon.deployment.launcher import _check_port, _finish_open_requests, _placed, launch
+from antiphon.deployment.serve_document import APP_NAME
 from antiphon.errors import ConfigError
 
 with warnings.catch_warnings():
@@ -53,17 +50,6 @@ def test_what_there_is_no_room_for_is_refused_before_weights_are_fetched(
     )
     with pytest.raises(ConfigError, match="decode: no place for 1 of 1"):
         launch(config, None)
-
-
-def test_a_cluster_serves_one_application_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    overview = ApplicationStatusOverview(
-        status=ApplicationStatus.RUNNING, message="", last_deployed_time_s=0.0, deployments={}
-    )
-    monkeypatch.setattr(serve, "status", lambda: ServeStatus(applications={"other": overview}))
-    _check_name("auto")
-    monkeypatch.setattr(serve, "status", lambda: ServeStatus(applications={APP_NAME: overview}))
-    with pytest.raises(ConfigError, match="at auto serves an application 'antiphon' already"):
-        _check_name("auto")
 
 
 def test_gpus_of_this_machine_are_given_and_those_of_a_cluster_only_mentioned(
@@ -133,3 +119,54 @@ def test_an_application_that_does_not_answer_is_stopped_all_the_same(
 ) -> None:
     stop(monkeypatch, Ingress(finishes=False, fails=True), threading.Event())
     assert "open requests are cut off: no replica is left" in capsys.readouterr().err
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A cluster that can be joined, and the names of applications that were to be deleted there."""
+    deleted: list[str] = []
+
+    def delete(name: str) -> None:
+        deleted.append(name)
+        raise TimeoutError("not within 60 s")
+
+    overview = ApplicationStatusOverview(
+        status=ApplicationStatus.RUNNING, message="", last_deployed_time_s=0.0, deployments={}
+    )
+    monkeypatch.setattr(serve, "status", lambda: ServeStatus(applications={APP_NAME: overview}))
+    monkeypatch.setattr(serve, "delete", delete)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(os, "environ", {**os.environ})  # which it sets Ray up by
+    monkeypatch.setattr(launcher, "_placed", lambda config, _: config)
+    for name in ("join", "check_serve", "_check_model", "_resolve_model"):
+        monkeypatch.setattr(launcher, name, lambda *_: None)
+    return deleted
+
+
+def fail(words: str) -> Any:
+    def failing(*_: object) -> None:
+        raise ConfigError(words)
+
+    return failing
+
+
+def test_what_fails_at_the_end_does_not_hide_why_it_ends(
+    cluster: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launcher, "_deploy", fail("no worker starts"))
+    config = parse_config({"http": {"port": free_port()}})
+    with pytest.raises(ConfigError, match="no worker starts"):
+        launch(config, "auto")
+    assert cluster == [APP_NAME]
+    assert "'antiphon' may be there still: not within 60 s" in capsys.readouterr().err
+
+
+def test_what_was_not_deployed_is_not_removed(
+    cluster: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve may not run yet, and says that instead; or somebody else has deployed by now."""
+    monkeypatch.setattr(launcher, "_resolve_model", fail("no tokenizer"))
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        launch(parse_config({"http": {"port": free_port()}}), "auto")
+    assert cluster == []

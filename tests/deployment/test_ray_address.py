@@ -13,7 +13,7 @@ import ray
 from ray._private import services
 from ray.exceptions import AuthenticationError
 
-from antiphon.deployment.launcher import _join
+from antiphon.deployment.existing_cluster import join
 from antiphon.deployment.ray_address import reachable_head
 from antiphon.errors import ConfigError
 
@@ -39,7 +39,7 @@ def test_a_cluster_that_has_ended_is_not_waited_for(note: Path, address: str) ->
     with pytest.raises(
         ConfigError, match=f"cannot join a Ray cluster at {address}: nobody answers at .*:9: "
     ):
-        _join(address)
+        join(address)
     assert time.monotonic() - started_at < 10
 
 
@@ -55,7 +55,7 @@ def test_the_variable_is_stronger_than_the_note(
 @pytest.mark.parametrize("address", ["local", "nonsense"])
 def test_what_is_no_address_is_refused(note: Path, address: str) -> None:
     with pytest.raises(ConfigError, match=f"cannot join a Ray cluster at {address}: "):
-        _join(address)
+        join(address)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_cluster_that_wants_a_token_is_no_traceback(
 
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(ConfigError, match=f"cannot join a Ray cluster at {head}: no token"):
-        _join(head)
+        join(head)
 
 
 def test_only_the_cluster_that_ray_noted_here_is_told_the_token(note: Path, head: str) -> None:

@@ -15,8 +15,8 @@ import time
 from typing import Any
 
 from antiphon.config_loading import parse_config
-from antiphon.deployment.launcher import APP_NAME, launch
-from antiphon.deployment.serve_document import serve_document
+from antiphon.deployment.launcher import launch
+from antiphon.deployment.serve_document import APP_NAME, serve_document
 
 SIZES = [(3, 2), (1, 1)]  # decode workers, of which there are two at first, and ingresses
 _DEPLOY_SECONDS = 120.0
