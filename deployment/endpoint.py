@@ -2,6 +2,7 @@
 
 import http.client
 import socket
+import urllib.request
 
 _SERVE_SECONDS = 2.0  # for its proxy to answer, where one listens
 _SERVE_ANSWER = b"success"  # others answer 200 too: Ray's metrics do to any path
@@ -12,6 +13,11 @@ def base_url(host: str, port: int) -> str:
     """Of what listens on ``host``, for clients on this machine."""
     reachable = _REACHABLE.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def direct_opener() -> urllib.request.OpenerDirector:
+    """For URLs of this machine, which a proxy of the environment would look for on its own."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def listen_error(host: str, port: int) -> str | None:

@@ -16,7 +16,6 @@ import signal
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import typer
 
 from antiphon.config import AntiphonConfig
-from antiphon.deployment.endpoint import base_url, listen_error, serve_listen_error
+from antiphon.deployment.endpoint import base_url, direct_opener, listen_error, serve_listen_error
 from antiphon.deployment.existing_cluster import check_serve, join
 from antiphon.deployment.local_machine import (
     OBJECT_STORE_BYTES,
@@ -177,9 +176,10 @@ def _wait_until_ready(config: AntiphonConfig, stop: threading.Event) -> bool:
     url = f"{base_url(config.http.host, config.http.port)}/ready"
     deadline = time.monotonic() + _READY_SECONDS
     reason = "no answer"
+    opener = direct_opener()
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with opener.open(url, timeout=5):
                 return True
         except urllib.error.HTTPError as error:
             reason = error.read().decode(errors="replace")

@@ -1,6 +1,7 @@
 """``antiphon trace``: prints where one request's time went, as its ingress remembers it."""
 
 import http.client
+import ipaddress
 import json
 import urllib.error
 import urllib.parse
@@ -10,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 import typer
 
+from antiphon.deployment.endpoint import direct_opener
 from antiphon.deployment.request_timeline import Found
 from antiphon.deployment.timeline_report import report
 from antiphon.errors import UnknownRequestError
@@ -49,7 +51,8 @@ def _get(url: str, api_key: str) -> bytes:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
         request = urllib.request.Request(url, headers=headers)
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:
+        opener = direct_opener() if _is_here(url) else urllib.request.build_opener()
+        with opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
             body: bytes = answer.read()
             return body
     except urllib.error.HTTPError as error:
@@ -60,6 +63,15 @@ def _get(url: str, api_key: str) -> bytes:
         _fail(1 if is_forgotten else 2, str(told.get("message") or f"{url}: {error}"))
     except (OSError, http.client.HTTPException, ValueError) as error:
         _fail(2, f"{url}: {getattr(error, 'reason', '') or error!r}")
+
+
+def _is_here(url: str) -> bool:
+    """Whether it is this machine by any name that needs no look-up."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _told(answer: urllib.error.HTTPError) -> dict[str, Any]:

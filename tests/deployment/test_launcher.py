@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from processes import free_port
 
 from antiphon.config_loading import parse_config
 from antiphon.deployment import launcher
-from antiphon.deployment.launcher import _check_port, _finish_open_requests, _placed, launch
+from antiphon.deployment.launcher import (
+    _check_port,
+    _finish_open_requests,
+    _placed,
+    _wait_until_ready,
+    launch,
+)
 from antiphon.deployment.serve_document import APP_NAME
 from antiphon.errors import ConfigError
 
@@ -170,3 +177,24 @@ def test_what_was_not_deployed_is_not_removed(
     with pytest.raises(ConfigError, match="no tokenizer"):
         launch(parse_config({"http": {"port": free_port()}}), "auto")
     assert cluster == []
+
+
+def test_a_proxy_is_not_asked_whether_this_machine_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/ready" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launcher, "_READY_SECONDS", 5.0)
+    with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        config = parse_config({"http": {"port": server.server_port}})
+        assert _wait_until_ready(config, threading.Event())

@@ -233,6 +233,17 @@ def test_others_that_answer_remember_nothing(
     assert message in answer.output
 
 
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for host in ("127.0.0.1", "localhost"):
+        with saying(b"HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n" + _PAGE) as url:
+            answer = run("demo", "--url", url.replace("127.0.0.1", host))
+        assert "is no endpoint of Antiphon" in answer.output
+    assert "Connection refused" in run("demo", "--url", "http://endpoint.test").output
+
+
 def test_a_path_that_is_not_served_and_a_key_that_cannot_be_sent() -> None:
     with Ingresses().serving() as urls:
         wrong_path = run("demo", "--url", f"{urls[0]}/v1")
