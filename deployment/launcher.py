@@ -231,7 +231,7 @@ def _print_ready(config: AntiphonConfig, seconds: float) -> None:
     }
     typer.secho(f"\nready after {seconds:.1f} s: {base}/v1", fg="green", bold=True)
     typer.echo(f"  model    {config.model.name}")
-    for worker in _workers():
+    for worker in _workers(base):
         num_tokens = worker["num_blocks"] * worker["block_size"]
         kv_gib = num_tokens * worker["kv_bytes_per_token"] / 2**30
         typer.echo(
@@ -251,10 +251,15 @@ def _print_ready(config: AntiphonConfig, seconds: float) -> None:
     typer.echo("\nCtrl-C stops it.")
 
 
-def _workers() -> list[dict[str, Any]]:
+def _workers(base: str) -> list[dict[str, Any]]:
     """What ``/workers`` answers, asked for by a way that needs no API key."""
     from ray import serve
 
-    ingress = serve.get_deployment_handle(INGRESS_NAME, APP_NAME)
-    workers: list[dict[str, Any]] = ingress.list_workers.remote().result(timeout_s=_ANSWER_SECONDS)
+    try:
+        ingress = serve.get_deployment_handle(INGRESS_NAME, APP_NAME)
+        asked = ingress.list_workers.remote()
+        workers: list[dict[str, Any]] = asked.result(timeout_s=_ANSWER_SECONDS)
+    except Exception as error:  # the ingress may be busy already, or be replaced: it serves
+        typer.echo(f"  workers  unknown ({type(error).__name__}): ask {base}/workers")
+        return []
     return workers

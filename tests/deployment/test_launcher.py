@@ -20,6 +20,7 @@ from antiphon.deployment.launcher import (
     _check_port,
     _finish_open_requests,
     _placed,
+    _print_ready,
     _wait_until_ready,
     launch,
 )
@@ -31,6 +32,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import ray
     from ray import serve
+    from ray.serve.exceptions import RayServeException
     from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeStatus
 
 
@@ -198,3 +200,16 @@ def test_a_proxy_is_not_asked_whether_this_machine_is_ready(
         threading.Thread(target=server.handle_request, daemon=True).start()
         config = parse_config({"http": {"port": server.server_port}})
         assert _wait_until_ready(config, threading.Event())
+
+
+def test_workers_that_cannot_be_listed_end_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def handle(deployment: str, app: str) -> None:
+        raise RayServeException("is replaced")
+
+    monkeypatch.setattr(serve, "get_deployment_handle", handle)
+    _print_ready(parse_config({}), 1.0)
+    printed = capsys.readouterr().out
+    assert "workers  unknown (RayServeException): ask http://127.0.0.1:8000/workers" in printed
+    assert "try it:" in printed
