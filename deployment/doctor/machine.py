@@ -110,12 +110,19 @@ def _num_cores() -> float:
 
 
 def _memory_bytes() -> tuple[int, int]:
-    """Memory of the machine or the pod, and what of it is available."""
+    """Memory of the machine or the pod, and what of it is available.
+
+    Of a pod's limit all that its processes hold is gone, but for files that can be read again.
+    """
     lines = re.findall(r"^Mem(?:Total|Available): +(\d+) kB$", _read(Path("/proc/meminfo")), re.M)
     total, available = (int(kilobytes) * 1024 for kilobytes in lines)
     text = _read(_CGROUP / "memory.max")
-    limit = int(text) if text.isdigit() else total
-    return min(total, limit), min(available, limit)
+    if not text.isdigit():
+        return total, available
+    limit, used = int(text), int(_read(_CGROUP / "memory.current") or 0)
+    files = re.search(r"^inactive_file (\d+)$", _read(_CGROUP / "memory.stat"), re.M)
+    left = limit - used + (int(files[1]) if files else 0)
+    return min(total, limit), max(0, min(available, left))
 
 
 def _read(path: Path) -> str:

@@ -13,6 +13,7 @@ from tiny_folder import save_tiny_model
 
 from antiphon.config import AntiphonConfig
 from antiphon.config_loading import parse_config
+from antiphon.deployment.doctor import machine
 from antiphon.deployment.doctor.clock_server import ClockServer, look
 from antiphon.deployment.doctor.diagnosis import diagnose
 from antiphon.deployment.doctor.facts import OUT_OF_TIME, ClusterFacts, Node
@@ -151,6 +152,20 @@ def test_a_clock_server_ends_with_its_port() -> None:
     assert look("a", "b", server.address, 1.0).error is None
     server.close()
     assert look("a", "b", server.address, 1.0).error is not None
+
+
+def test_of_a_pods_limit_what_its_processes_hold_is_not_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {"memory.max": "8000", "memory.current": "6000", "memory.stat": "anon 5000\n"}
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    for files, free in [("", 2000), ("inactive_file 500\n", 2500)]:
+        for name, text in {**held, "memory.stat": held["memory.stat"] + files}.items():
+            (tmp_path / name).write_text(text)
+        assert machine._memory_bytes() == (8000, free)
+    (tmp_path / "memory.max").write_text("max\n")
+    total, free = machine._memory_bytes()
+    assert total > free > 8000
 
 
 def test_a_model_is_looked_for_and_not_made(
