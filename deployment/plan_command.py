@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,6 @@ def seconds(option: str, text: str) -> float:
 
 
 def _positive(option: str, value: float) -> float:
-    if value <= 0:
-        raise ConfigError(f"{option}: got {value:g}; a number above 0")
+    if not 0 < value < math.inf:  # false of nan too
+        raise ConfigError(f"{option}: got {value:g}; a finite number above 0")
     return value
